@@ -1,0 +1,137 @@
+"""Every setting there is, as frozen dataclasses: name, type, default, bounds and one line of meaning.
+
+`model`, `data`, `objective` and `optimizer` say what is learned; `parallel` and `run` say how it runs
+and never change the loss curve beyond rounding.  Model settings carry Hugging Face's names.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def setting(
+    default: object = None,
+    meaning: str = "",
+    *,
+    required: bool = False,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Dataclass field with its meaning and its allowed range; ``required`` fields have no default."""
+    metadata = {"meaning": meaning, "at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    if required:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the MegatronBert, under the names of `transformers.MegatronBertConfig`."""
+
+    vocab_size: int = setting(required=True, meaning="entries of the vocabulary", at_least=1)
+    hidden_size: int = setting(required=True, meaning="features of a hidden state", at_least=1)
+    num_hidden_layers: int = setting(required=True, meaning="transformer layers", at_least=1)
+    num_attention_heads: int = setting(required=True, meaning="attention heads per layer", at_least=1)
+    intermediate_size: int = setting(required=True, meaning="features inside the MLP", at_least=1)
+    hidden_act: Literal["gelu"] = setting("gelu", "activation of the MLP and of the MLM head")
+    hidden_dropout_prob: float = setting(0.1, "dropout on hidden states", at_least=0, below=1)
+    attention_probs_dropout_prob: float = setting(0.1, "dropout on attention probabilities", at_least=0, below=1)
+    max_position_embeddings: int = setting(512, "longest sequence that the model can read", at_least=1)
+    type_vocab_size: int = setting(2, "kinds of segments (token types)", at_least=1)
+    initializer_range: float = setting(0.02, "standard deviation of initial weights", above=0)
+    layer_norm_eps: float = setting(1e-12, "epsilon inside every LayerNorm", above=0)
+    pad_token_id: int = setting(0, "id of [PAD], whose embedding stays zero", at_least=0)
+    tie_word_embeddings: bool = setting(True, "use the word embeddings as the MLM projection")
+    weights: str | None = setting(None, "start from this Hugging Face directory or checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What text is read, and how much of it a sample holds."""
+
+    corpus: str = setting(required=True, meaning="corpus prefix made by `preprocess` (PREFIX.bin, PREFIX.idx)")
+    tokenizer: str = setting(required=True, meaning="vocab.txt or tokenizer.json of the corpus")
+    lowercase: bool = setting(True, "whether a vocab.txt is uncased (tokenizer.json says it itself)")
+    split: tuple[float, float, float] = setting(
+        (96.0, 4.0, 0.0), "shares of documents for training, validation and test"
+    )
+    sequence_length: int = setting(512, "tokens of a sample, special ones included", at_least=8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingConfig:
+    """Which tokens the masked language model has to restore."""
+
+    probability: float = setting(0.15, "share of tokens to predict", above=0, below=1)
+    mask_share: float = setting(0.8, "of these, share shown as [MASK]", at_least=0, at_most=1)
+    random_share: float = setting(0.1, "of these, share shown as a random token", at_least=0, at_most=1)
+    whole_words: bool = setting(True, "choose whole words instead of single WordPieces")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The pretraining task."""
+
+    pairs: Literal["nsp"] = setting("nsp", "sentence-pair task: next sentence prediction")
+    short_sequences: float = setting(0.1, "share of samples with a random shorter length", at_least=0, at_most=1)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How the weights move."""
+
+    name: Literal["adamw"] = setting("adamw", "update rule")
+    global_batch: int = setting(required=True, meaning="samples per optimizer step, over all ranks", at_least=1)
+    steps: int = setting(required=True, meaning="optimizer steps of the whole run", at_least=1)
+    learning_rate: float = setting(1e-4, "highest learning rate", above=0)
+    final_learning_rate: float = setting(0.0, "learning rate at the last step", at_least=0)
+    warmup_steps: int = setting(0, "steps of linear warm-up from 0", at_least=0)
+    beta1: float = setting(0.9, "decay of the first moment", at_least=0, below=1)
+    beta2: float = setting(0.999, "decay of the second moment", at_least=0, below=1)
+    epsilon: float = setting(1e-8, "added to the root of the second moment", above=0)
+    weight_decay: float = setting(0.01, "decoupled weight decay; not on biases and LayerNorms", at_least=0)
+    clip_norm: float = setting(1.0, "largest gradient norm; 0 never clips", at_least=0)
+    precision: Literal["float32", "float64"] = setting("float32", "number format of weights and computing")
+    seed: int = setting(1234, "seed of weights, data order, masks and dropout", at_least=0, below=2**63)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the work is spread; the data size is world size / (tensor x pipeline)."""
+
+    tensor: int = setting(1, "ranks that share every layer", at_least=1)
+    pipeline: int = setting(1, "stages that the layers are cut into", at_least=1)
+    schedule: Literal["gpipe", "1f1b"] = setting("1f1b", "order of forward and backward passes")
+    microbatch: int = setting(required=True, meaning="samples of one forward pass on one replica", at_least=1)
+    bucket_megabytes: int = setting(
+        25, "size of the buckets in which gradients cross the data axis", at_least=1, at_most=4096
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run writes, how often, and on what it runs."""
+
+    directory: str = setting(required=True, meaning="folder for metrics.jsonl, checkpoints and config.yaml")
+    resume: str = setting("auto", "auto: newest checkpoint of the folder; never: start anew; or a checkpoint")
+    save_every: int = setting(1000, "steps between checkpoints (the last step always saves)", at_least=1)
+    keep_last: int = setting(2, "newest checkpoints that are kept", at_least=1)
+    evaluate_every: int = setting(1000, "steps between evaluations (the last step always evaluates)", at_least=1)
+    evaluation_samples: int = setting(512, "held-out samples of an evaluation; 0 never evaluates", at_least=0)
+    log_every: int = setting(1, "steps between console lines (every step is in metrics.jsonl)", at_least=1)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU where torch sees one, else the CPU")
+    timeout_seconds: float = setting(600.0, "longest wait for a message before a run fails", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    parallel: ParallelConfig
+    run: RunConfig
