@@ -1,0 +1,43 @@
+# make demo        train, export and try a small model (about 6 minutes on two cores)
+# make test        what CI runs
+# make check-all   the long matrices too
+#
+# PIP_FLAGS goes to every pip call, for those who want another build of torch; see README.md.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+# One thread per process: the tests and the demo start several processes per core.
+THREADS := OMP_NUM_THREADS=1
+
+.PHONY: demo test check-all lint clean
+
+demo: $(VENV)/plots.stamp
+	$(RUN) -m megatron_bert_tp.demo
+
+test: lint
+	$(THREADS) $(RUN) -m pytest -n 2 -m "not slow and not gpu"
+
+check-all: lint
+	$(THREADS) $(RUN) -m pytest -n 2 -m "not gpu"
+
+lint: $(VENV)/test.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/pip.stamp:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# One stamp per set of extras: `make demo` does not install the tools of the tests.
+$(VENV)/%.stamp: $(VENV)/pip.stamp pyproject.toml constraints.txt
+	$(RUN) -m pip install $(PIP_FLAGS) -c constraints.txt -e .[$*]
+	touch $@
+
+.SECONDARY: $(VENV)/pip.stamp

@@ -1,0 +1,1 @@
+"""Tensor- and pipeline-parallel training of MegatronBert, from and to Hugging Face weights."""

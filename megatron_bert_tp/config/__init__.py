@@ -1,0 +1,1 @@
+"""Settings: their schema, strict reading, checking, help; without torch, so that it answers at once."""

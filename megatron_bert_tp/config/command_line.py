@@ -1,0 +1,70 @@
+"""What the entry points share: help, one clear message for what the user can mend, exit codes."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_bert_tp.config.environment import LaunchEnvironment, read_environment
+from megatron_bert_tp.config.load import load_config
+from megatron_bert_tp.config.schema import Config
+from megatron_bert_tp.errors import ConfigError, MegatronBertError
+
+USER_ERROR = 2
+_INTERRUPTED = 130
+_HELP = {"-h", "--help"}
+
+
+def run_command(
+    main: Callable[[list[str]], int | None], *, usage: str, arguments: Sequence[str] | None = None
+) -> int:
+    """Exit code of ``main(arguments)``; help and user errors are printed once in a launch.
+
+    An error that the user can mend becomes one message on stderr and exit code 2.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        environment = read_environment()
+        if _HELP.intersection(given):
+            _print_help(usage, environment)
+            return 0
+    except MegatronBertError as error:
+        return _failed(error, LaunchEnvironment())
+    try:
+        return main(given) or 0
+    except MegatronBertError as error:
+        return _failed(error, environment)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+
+
+def config_from_arguments(arguments: Sequence[str], usage: str) -> Config:
+    """Settings for ``CONFIG.yaml section.key=value ...`` and the world size of this launch."""
+    if not arguments:
+        raise ConfigError(f"the settings file is missing\n\n{_short(usage)}")
+    path = Path(arguments[0])
+    if "=" in arguments[0] and not path.exists():
+        raise ConfigError(f"the settings file comes first, before {arguments[0]}\n\n{_short(usage)}")
+    return load_config(path, arguments[1:], world_size=read_environment().world_size)
+
+
+def _short(usage: str) -> str:
+    return usage.strip().partition("\n\n")[0]
+
+
+def _print_help(usage: str, environment: LaunchEnvironment) -> None:
+    if environment.is_first:
+        print(usage.rstrip())
+
+
+def _failed(error: MegatronBertError, environment: LaunchEnvironment) -> int:
+    """Print the error where it helps.
+
+    Most errors hit all ranks alike: rank 0 tells at once, and its exit makes torchrun end the others
+    while they wait.  A rank that is still there after the wait was hit alone, and tells it itself.
+    """
+    if not environment.is_first:
+        time.sleep(2 + 0.5 * environment.local_rank)
+    speaker = "error" if environment.is_first else f"error on rank {environment.rank}"
+    print(f"{speaker}: {error}", file=sys.stderr, flush=True)
+    return USER_ERROR

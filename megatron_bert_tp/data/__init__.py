@@ -1,0 +1,1 @@
+"""From text files to microbatches: tokenizer, corpus, samples, sentence pairs, masks and batches."""

@@ -1,0 +1,1 @@
+"""What a model is trained for, as sums over global counts (floor 4)."""

@@ -1,0 +1,140 @@
+"""Who talks to whom: an `Axis` for every direction in which work is split, and the mesh of all four.
+
+Ranks are laid out ``(pipeline, data, tensor)`` with tensor innermost, so that the tensor axis, which talks
+most, stays inside a node:
+
+    rank = (pipeline * data_size + data) * tensor_size + tensor
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron_bert_tp.errors import LayoutError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction of the mesh as one rank sees it; the value that a layer receives.
+
+    ``ranks`` are global ranks in the order of their place on the axis, ``rank`` is this process' place, and
+    ``group`` is the communicator, which an axis of one rank does not need.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    rank: int
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def alone(cls, name: str) -> "Axis":
+        """Axis of one rank, for one process without any process group."""
+        return cls(name, (0,), 0)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks on the axis."""
+        return len(self.ranks)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank has place 0."""
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank has the last place."""
+        return self.rank == self.size - 1
+
+    @property
+    def previous(self) -> int:
+        """Global rank one place before, in a ring."""
+        return self.ranks[self.rank - 1]
+
+    @property
+    def following(self) -> int:
+        """Global rank one place after, in a ring."""
+        return self.ranks[(self.rank + 1) % self.size]
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the mesh, and which global ranks form each line of it (pure arithmetic)."""
+
+    pipeline: int
+    data: int
+    tensor: int
+
+    @classmethod
+    def of_world(cls, world_size: int, *, tensor: int, pipeline: int) -> "MeshShape":
+        """Shape in which data takes what tensor x pipeline leaves of ``world_size``.
+
+        Raises `LayoutError` when it does not divide.
+        """
+        replica = tensor * pipeline
+        if world_size % replica:
+            raise LayoutError(
+                f"world size ({world_size}) must be a multiple of tensor x pipeline ({tensor} x {pipeline} = "
+                f"{replica}); start {replica} processes or a multiple of it"
+            )
+        return cls(pipeline=pipeline, data=world_size // replica, tensor=tensor)
+
+    def rank_at(self, pipeline: int, data: int, tensor: int) -> int:
+        """Global rank of one place in the mesh."""
+        return (pipeline * self.data + data) * self.tensor + tensor
+
+    def place_of(self, rank: int) -> tuple[int, int, int]:
+        """Place ``(pipeline, data, tensor)`` of one global rank."""
+        outer, tensor = divmod(rank, self.tensor)
+        pipeline, data = divmod(outer, self.data)
+        return pipeline, data, tensor
+
+    def lines(self, name: str) -> Iterator[tuple[int, ...]]:
+        """Every line of ranks along one axis, in the same order on every rank."""
+        stages, replicas, shards = range(self.pipeline), range(self.data), range(self.tensor)
+        if name == "tensor":
+            yield from (tuple(self.rank_at(p, d, t) for t in shards) for p in stages for d in replicas)
+        elif name == "data":
+            yield from (tuple(self.rank_at(p, d, t) for d in replicas) for p in stages for t in shards)
+        elif name == "pipeline":
+            yield from (tuple(self.rank_at(p, d, t) for p in stages) for d in replicas for t in shards)
+        else:
+            ends = sorted({0, self.pipeline - 1})
+            yield from (tuple(self.rank_at(p, d, t) for p in ends) for d in replicas for t in shards)
+
+
+@dataclass(frozen=True)
+class ParallelMesh:
+    """The four axes through one rank; ``tied`` joins the stages that hold a copy of the word embeddings."""
+
+    data: Axis
+    pipeline: Axis
+    tensor: Axis
+    tied: Axis
+
+    @classmethod
+    def alone(cls) -> "ParallelMesh":
+        """Mesh of one process without any process group."""
+        return cls(*(Axis.alone(name) for name in ("data", "pipeline", "tensor", "tied")))
+
+    @classmethod
+    def build(cls, shape: MeshShape, *, rank: int, timeout: timedelta) -> "ParallelMesh":
+        """Make the communicators of all axes; every rank of the world must call it.
+
+        All ranks make all groups in the same order, also those that they are not part of: this is what
+        ``torch.distributed`` demands, and a rank that skipped one would hang the others.
+        """
+        names = ("tensor", "data", "pipeline", "tied")
+        axes = {name: _own_axis(name, shape, rank=rank, timeout=timeout) for name in names}
+        return cls(**axes)
+
+
+def _own_axis(name: str, shape: MeshShape, *, rank: int, timeout: timedelta) -> Axis:
+    own = Axis(name, (rank,), 0)
+    for ranks in shape.lines(name):
+        group = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
+        if rank in ranks:
+            own = Axis(name, ranks, ranks.index(rank), group)
+    return own

@@ -1,0 +1,310 @@
+"""Every way to get one setting wrong is told with its path, its rule and its value."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from megatron_bert_tp.config.kinds import is_optional, name_of
+from megatron_bert_tp.config.schema import Config
+from megatron_bert_tp.config.settings import all_settings
+
+Complaint = Callable[..., str]
+
+INTEGER = "must be an integer"
+NUMBER = "must be a number"
+TRUTH = "must be true or false"
+TEXT = "must be text"
+
+# Path, YAML text, part of the rule.
+BAD = [
+    ("model.vocab_size", "0", "must be at least 1"),
+    ("model.vocab_size", "-4096", "must be at least 1"),
+    ("model.vocab_size", "4096.0", INTEGER),
+    ("model.vocab_size", "4_096", INTEGER),
+    ("model.vocab_size", "'4096'", INTEGER),
+    ("model.vocab_size", "true", INTEGER),
+    ("model.vocab_size", "null", INTEGER),
+    ("model.vocab_size", "", INTEGER),
+    ("model.vocab_size", "[4096]", INTEGER),
+    ("model.vocab_size", "{size: 4096}", INTEGER),
+    ("model.vocab_size", "1e30", INTEGER),
+    ("model.vocab_size", "100000000000000000000", "63 bits"),
+    ("model.vocab_size", "9" * 5000, INTEGER),
+    ("model.vocab_size", ".inf", INTEGER),
+    ("model.hidden_size", "0", "must be at least 1"),
+    ("model.hidden_size", "large", INTEGER),
+    ("model.hidden_size", "0x30", INTEGER),
+    ("model.hidden_size", "048", INTEGER),
+    ("model.hidden_size", "1:30", INTEGER),
+    ("model.hidden_size", "50", "multiple of model.num_attention_heads (4)"),
+    ("model.num_hidden_layers", "0", "must be at least 1"),
+    ("model.num_hidden_layers", "2.5", INTEGER),
+    ("model.num_attention_heads", "0", "must be at least 1"),
+    ("model.num_attention_heads", "no", INTEGER),
+    ("model.intermediate_size", "0", "must be at least 1"),
+    ("model.intermediate_size", "96 ranks", INTEGER),
+    ("model.hidden_act", "relu", "must be gelu"),
+    ("model.hidden_act", "null", "must be gelu"),
+    ("model.hidden_dropout_prob", "1", "below 1"),
+    ("model.hidden_dropout_prob", "-0.1", "must be at least 0"),
+    ("model.hidden_dropout_prob", "ten percent", NUMBER),
+    ("model.hidden_dropout_prob", "10%", NUMBER),
+    ("model.hidden_dropout_prob", "false", NUMBER),
+    ("model.hidden_dropout_prob", ".nan", "finite"),
+    ("model.attention_probs_dropout_prob", "1.5", "below 1"),
+    ("model.attention_probs_dropout_prob", "nan", NUMBER),
+    ("model.max_position_embeddings", "0", "must be at least 1"),
+    ("model.type_vocab_size", "0", "must be at least 1"),
+    ("model.type_vocab_size", "1", "must be at least 2 for objective.pairs"),
+    ("model.initializer_range", "0", "must be above 0"),
+    ("model.initializer_range", "-0.02", "must be above 0"),
+    ("model.initializer_range", "1e999", "finite"),
+    ("model.layer_norm_eps", "0", "must be above 0"),
+    ("model.layer_norm_eps", "1e", NUMBER),
+    ("model.pad_token_id", "-1", "must be at least 0"),
+    ("model.pad_token_id", "1003", "below model.vocab_size (1003)"),
+    ("model.tie_word_embeddings", "yes", TRUTH),
+    ("model.tie_word_embeddings", "off", TRUTH),
+    ("model.tie_word_embeddings", "1", TRUTH),
+    ("model.tie_word_embeddings", "'true'", TRUTH),
+    ("model.tie_word_embeddings", "null", TRUTH),
+    ("model.weights", "3", TEXT),
+    ("model.weights", "''", "must not be empty"),
+    ("data.corpus", "null", TEXT),
+    ("data.corpus", "2026", TEXT),
+    ("data.corpus", "[a, b]", TEXT),
+    ("data.corpus", "'  '", "must not be empty"),
+    ("data.corpus", '"a\\nb"', "printable"),
+    ("data.corpus", '"a\\0b"', "printable"),
+    ("data.tokenizer", "true", TEXT),
+    ("data.tokenizer", "1.5", TEXT),
+    ("data.lowercase", "on", TRUTH),
+    ("data.lowercase", "0", TRUTH),
+    ("data.split", "96", "list of 3 numbers"),
+    ("data.split", "[96, 4]", "list of 3 numbers"),
+    ("data.split", "[90, 4, 3, 3]", "list of 3 numbers"),
+    ("data.split", "96,4,0", "list of 3 numbers"),
+    ("data.split", "[96, 4, none]", NUMBER),
+    ("data.split", "[96, 4, true]", NUMBER),
+    ("data.split", "[.inf, 4, 0]", "finite"),
+    ("data.split", "[0, 4, 96]", "the first one (training) above 0"),
+    ("data.split", "[104, -4, 0]", "shares of at least 0"),
+    ("data.split", "[96, 4, -1]", "shares of at least 0"),
+    ("data.split", "[96, 0, 4]", "leave documents for validation"),
+    ("data.sequence_length", "7", "must be at least 8"),
+    ("data.sequence_length", "65", "max_position_embeddings (64)"),
+    ("data.sequence_length", "64.5", INTEGER),
+    ("objective.pairs", "sop", "must be nsp"),
+    ("objective.pairs", "[nsp]", "must be nsp"),
+    ("objective.short_sequences", "1.1", "at most 1"),
+    ("objective.short_sequences", "-1", "must be at least 0"),
+    ("objective.masking.probability", "0", "must be above 0"),
+    ("objective.masking.probability", "1", "below 1"),
+    ("objective.masking.probability", "15", "below 1"),
+    ("objective.masking.mask_share", "1.01", "at most 1"),
+    ("objective.masking.mask_share", "0.91", "plus objective.masking.random_share (0.1) must be at most 1"),
+    ("objective.masking.random_share", "-0.1", "must be at least 0"),
+    ("objective.masking.random_share", "eighty", NUMBER),
+    ("objective.masking.whole_words", "y", TRUTH),
+    ("optimizer.name", "sgd", "must be adamw"),
+    ("optimizer.name", "AdamW", "must be adamw"),
+    ("optimizer.global_batch", "0", "must be at least 1"),
+    ("optimizer.global_batch", "60", "multiple of 8"),
+    ("optimizer.steps", "0", "must be at least 1"),
+    ("optimizer.steps", "1e6", INTEGER),
+    ("optimizer.steps", "100.5", INTEGER),
+    ("optimizer.learning_rate", "0", "must be above 0"),
+    ("optimizer.learning_rate", "-1e-4", "must be above 0"),
+    ("optimizer.learning_rate", "'1e-4'", NUMBER),
+    ("optimizer.learning_rate", "1e-4e", NUMBER),
+    ("optimizer.learning_rate", ".inf", "finite"),
+    ("optimizer.final_learning_rate", "-1", "must be at least 0"),
+    ("optimizer.final_learning_rate", "2e-4", "must not be above optimizer.learning_rate (0.0001)"),
+    ("optimizer.warmup_steps", "-1", "must be at least 0"),
+    ("optimizer.warmup_steps", "101", "must not be above optimizer.steps (100)"),
+    ("optimizer.beta1", "1", "below 1"),
+    ("optimizer.beta1", "[0.9, 0.98]", NUMBER),
+    ("optimizer.beta2", "-0.1", "must be at least 0"),
+    ("optimizer.epsilon", "0", "must be above 0"),
+    ("optimizer.weight_decay", "-0.01", "must be at least 0"),
+    ("optimizer.clip_norm", "-1", "must be at least 0"),
+    ("optimizer.clip_norm", "null", NUMBER),
+    ("optimizer.precision", "bf16", "must be float32 or float64"),
+    ("optimizer.precision", "32", "must be float32 or float64"),
+    ("optimizer.seed", "-1", "must be at least 0"),
+    ("optimizer.seed", "9223372036854775808", "63 bits"),
+    ("parallel.tensor", "0", "must be at least 1"),
+    ("parallel.tensor", "3", "must divide model.num_attention_heads (4)"),
+    ("parallel.tensor", "5", "must divide model.intermediate_size (96)"),
+    ("parallel.tensor", "1004", "must not be above model.vocab_size (1003)"),
+    ("parallel.pipeline", "0", "must be at least 1"),
+    ("parallel.pipeline", "6", "must not be above model.num_hidden_layers (5)"),
+    ("parallel.schedule", "pipedream", "must be gpipe or 1f1b"),
+    ("parallel.schedule", "1F1B", "must be gpipe or 1f1b"),
+    ("parallel.microbatch", "0", "must be at least 1"),
+    ("parallel.microbatch", "auto", INTEGER),
+    ("parallel.bucket_megabytes", "0", "must be at least 1"),
+    ("parallel.bucket_megabytes", "4097", "at most 4096"),
+    ("run.directory", "null", TEXT),
+    ("run.directory", "''", "must not be empty"),
+    ("run.resume", "false", TEXT),
+    ("run.save_every", "0", "must be at least 1"),
+    ("run.keep_last", "0", "must be at least 1"),
+    ("run.evaluate_every", "0", "must be at least 1"),
+    ("run.evaluation_samples", "-1", "must be at least 0"),
+    ("run.log_every", "0", "must be at least 1"),
+    ("run.device", "gpu", "must be auto, cpu or cuda"),
+    ("run.device", "CPU", "must be auto, cpu or cuda"),
+    ("run.timeout_seconds", "0", "must be above 0"),
+    ("run.timeout_seconds", "10 minutes", NUMBER),
+]
+
+REQUIRED = [path for path, row in all_settings().items() if row.is_required]
+MISSPELT = [
+    ("model.hidden_sise", "48", "model.hidden_size"),
+    ("model.layers", "5", "model.num_hidden_layers"),
+    ("optimizer.hidden_size", "48", "model.hidden_size"),
+    ("model.learning_rate", "1e-4", "optimizer.learning_rate"),
+    ("run.masking.probability", "0.2", "objective.masking"),
+    ("objective.probability", "0.2", "objective.masking.probability"),
+    ("objective.masking.probabilty", "0.2", "objective.masking.probability"),
+    ("paralel.tensor", "2", "parallel"),
+    ("optimizer.warmup_step", "5", "optimizer.warmup_steps"),
+    ("model.num_layers", "5", "model.num_hidden_layers"),
+    ("data.seq_length", "64", "data.sequence_length"),
+]
+
+
+def problem_of(message: str, path: str, rule: str) -> str:
+    """The one problem of a message that names ``path`` and ``rule``."""
+    problems = re.split(r"\n(?=  \S)", message)[1:]
+    found = [problem for problem in problems if problem.split()[0] == path and rule in problem]
+    assert len(found) == 1, message
+    return found[0]
+
+
+@pytest.mark.parametrize(("path", "text", "rule"), BAD, ids=[f"{path}={text[:24]}" for path, text, _ in BAD])
+def test_one_bad_value_is_told_with_path_line_rule_and_way_out(
+    complaint: Complaint, path: str, text: str, rule: str
+):
+    problem = problem_of(complaint({path: text}), path, rule)
+    assert re.search(r"settings\.yaml:\d+\)", problem)
+    assert re.search(r"\n      -> \S.{2,}", problem)
+
+
+def test_table_breaks_every_setting():
+    assert {path for path, _, _ in BAD} == set(all_settings())
+
+
+@pytest.mark.parametrize("path", REQUIRED)
+def test_missing_required_setting_is_told(complaint: Complaint, path: str):
+    section, _, name = path.rpartition(".")
+    message = complaint({path: None})
+    blamed = section if f"  {section}\n" in message else path
+    assert name in problem_of(message, blamed, "require")
+
+
+def test_section_without_any_required_setting_is_one_problem(complaint: Complaint):
+    message = complaint({"data.corpus": None, "data.tokenizer": None})
+    assert message.startswith("1 problem ")
+    assert "requires corpus and tokenizer" in message
+
+
+@pytest.mark.parametrize("path", sorted(set(all_settings()) - set(REQUIRED)))
+def test_setting_with_a_default_may_be_left_out(load: Callable[..., Config], path: str):
+    assert load({"model.max_position_embeddings": "512", path: None})
+
+
+@pytest.mark.parametrize(("path", "text", "meant"), MISSPELT)
+def test_unknown_setting_gets_a_suggestion_across_sections(complaint: Complaint, path: str, text: str, meant: str):
+    message = complaint({path: text})
+    assert "is no setting" in message
+    assert re.search(rf"did you mean (.* or )?{re.escape(meant)}( or .*)?\?", message)
+
+
+def test_unknown_setting_like_no_other_lists_its_section(complaint: Complaint):
+    assert "parallel holds tensor, pipeline, schedule" in complaint({"parallel.xyzzy": "1"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"optimizer.steps": "2e6"}, "write 2000000"),
+        ({"model.vocab_size": "30_522"}, "write 30522"),
+        ({"model.tie_word_embeddings": "yes"}, "write true"),
+        ({"data.lowercase": "off"}, "write false"),
+        ({"data.corpus": "2026"}, "put it in quotes: '2026'"),
+        ({"model.hidden_size": "50"}, "use 48 or 52, or heads that work: 1, 2, 5, 10, 25, 50"),
+        ({"parallel.tensor": "3"}, "tensor sizes that work: 1, 2, 4"),
+        ({"optimizer.global_batch": "60"}, "use 56 or 64, or parallel.microbatch: 1, 2, 3, 4, 5, 6, 10"),
+        ({"data.sequence_length": "65"}, "use at most 64, or raise model.max_position_embeddings to 65"),
+    ],
+)
+def test_way_out_names_values_that_work(complaint: Complaint, changes: dict[str, str], hint: str):
+    assert hint in complaint(changes)
+
+
+def test_all_problems_are_told_at_once(complaint: Complaint):
+    changes = {
+        "model.vocab_size": "many",
+        "model.hidden_size": "50",
+        "model.hiden_act": "gelu",
+        "data.corpus": None,
+        "optimizer.learning_rate": "-1",
+        "optimizer.warmup_steps": "200",
+        "parallel.tensor": "3",
+        "run.device": "tpu",
+    }
+    message = complaint(changes, "run.log_every=0", "objective.masking.mask_share=0.95", world=7)
+    for path, rule in [
+        ("model.vocab_size", INTEGER),
+        ("model.hidden_size", "multiple"),
+        ("model.hiden_act", "is no setting"),
+        ("data.corpus", "is required"),
+        ("optimizer.learning_rate", "above 0"),
+        ("optimizer.warmup_steps", "optimizer.steps"),
+        ("parallel.tensor", "divide"),
+        ("run.device", "must be"),
+        ("run.log_every", "at least 1"),
+        ("objective.masking.mask_share", "at most 1"),
+        ("world", "multiple of 6"),
+    ]:
+        problem_of(message, path, rule)
+    assert message.startswith("11 problems in the settings of ")
+
+
+def test_long_values_are_cut_short(complaint: Complaint):
+    lines = complaint({"data.corpus": "[" + "a, " * 500 + "a]"}).splitlines()
+    assert len(lines) == 4
+    assert max(map(len, lines)) < 200
+
+
+@pytest.mark.parametrize("row", all_settings().values(), ids=lambda row: row.path)
+def test_no_setting_takes_a_mapping_or_an_alien_kind(complaint: Complaint, row):
+    assert row.path in complaint({row.path: "{a: 1}"})
+    if not is_optional(row.kind):
+        assert row.path in complaint({row.path: "null"})
+    if name_of(row.kind) != "true | false":
+        assert row.path in complaint({row.path: "true"})
+
+
+@pytest.mark.parametrize("row", [row for row in all_settings().values() if row.bounds], ids=lambda row: row.path)
+def test_bounds_of_the_schema_are_kept_at_the_very_edge(row):
+    steps = {"at_least": (0, -1), "above": (1, 0), "at_most": (0, 1), "below": (-1, 0)}
+    for name, limit in row.bounds.items():
+        inside, outside = steps[name]
+        tiny = 1 if row.kind is int else 1e-9
+        assert row.allows(limit + inside * tiny)
+        assert not row.allows(limit + outside * tiny)
+
+
+@pytest.mark.parametrize(("mask_share", "random_share"), [(0.7, 0.3), (0.9, 0.1), (1, 0), (0, 1), (0.35, 0.65)])
+def test_shares_may_add_up_to_exactly_one(load: Callable[..., Config], mask_share: float, random_share: float):
+    masking = load({}, f"objective.masking={{mask_share: {mask_share}, random_share: {random_share}}}")
+    assert masking.objective.masking.random_share == random_share
+
+
+def test_split_without_validation_is_fine_when_nothing_is_evaluated(load: Callable[..., Config]):
+    config = load({"data.split": "[100, 0, 0]", "run.evaluation_samples": "0"})
+    assert config.data.split == (100.0, 0.0, 0.0)

@@ -1,0 +1,139 @@
+"""Entry points answer user errors with one message, exit code 2, and at once."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_bert_tp.config.command_line import config_from_arguments, run_command
+from megatron_bert_tp.errors import ConfigError, DataError
+
+LAUNCH = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+DEMO = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
+COMMAND = """
+import sys
+from megatron_bert_tp.config.command_line import config_from_arguments, run_command
+
+def main(arguments):
+    config_from_arguments(arguments, "usage: pretrain CONFIG.yaml [section.key=value ...]")
+
+code = run_command(main, usage="usage")
+heavy = {"torch", "numpy", "transformers"} & set(sys.modules)
+assert not heavy, heavy
+sys.exit(code)
+"""
+
+
+def fail(_arguments: list[str]) -> int:
+    raise DataError("no corpus")
+
+
+@pytest.fixture
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[float]]:
+    """Become a rank of a launch of 4; returns the waits that would have been slept."""
+
+    def _as_rank(rank: int) -> list[float]:
+        waits: list[float] = []
+        for name, text in {**LAUNCH, "RANK": str(rank), "LOCAL_RANK": str(rank)}.items():
+            monkeypatch.setenv(name, text)
+        monkeypatch.setattr(time, "sleep", waits.append)
+        return waits
+
+    return _as_rank
+
+
+def test_user_error_is_one_message_and_exit_code_2(capsys: pytest.CaptureFixture[str]):
+    assert run_command(fail, usage="", arguments=[]) == 2
+    output = capsys.readouterr()
+    assert (output.out, output.err) == ("", "error: no corpus\n")
+
+
+def test_our_own_bugs_are_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda _: 1 // 0, usage="", arguments=[])
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (3, 3)])
+def test_exit_code_is_what_the_command_returns(returned: int | None, code: int):
+    assert run_command(lambda _: returned, usage="", arguments=[]) == code
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["x.yaml", "run.log_every=1", "--help"]])
+def test_help_is_printed_and_nothing_is_run(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    assert run_command(fail, usage="how to use it\n", arguments=arguments) == 0
+    assert capsys.readouterr().out == "how to use it\n"
+
+
+def test_first_rank_tells_at_once(as_rank: Callable[[int], list[float]], capsys: pytest.CaptureFixture[str]):
+    waits = as_rank(0)
+    assert run_command(fail, usage="", arguments=[]) == 2
+    assert capsys.readouterr().err == "error: no corpus\n"
+    assert waits == []
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_other_rank_waits_to_be_ended_before_it_tells(
+    rank: int, as_rank: Callable[[int], list[float]], capsys: pytest.CaptureFixture[str]
+):
+    waits = as_rank(rank)
+    assert run_command(fail, usage="", arguments=[]) == 2
+    assert capsys.readouterr().err == f"error on rank {rank}: no corpus\n"
+    assert waits == [2 + 0.5 * rank]
+
+
+def test_help_is_printed_by_the_first_rank_alone(
+    as_rank: Callable[[int], list[float]], capsys: pytest.CaptureFixture[str]
+):
+    as_rank(1)
+    assert run_command(fail, usage="how to use it", arguments=["-h"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_world_size_of_the_launch_is_checked(as_rank: Callable[[int], list[float]]):
+    as_rank(0)
+    assert config_from_arguments([DEMO], "usage")
+    with pytest.raises(ConfigError, match=r"world size = 4\n.*multiple of 8"):
+        config_from_arguments([DEMO, "parallel.pipeline=4"], "usage")
+
+
+@pytest.mark.parametrize("arguments", [[], ["run.log_every=1"]])
+def test_forgotten_settings_file_shows_the_usage_in_short(arguments: list[str]):
+    with pytest.raises(ConfigError, match=r"settings file .*\n\nusage: x CONFIG$"):
+        config_from_arguments(arguments, "usage: x CONFIG\n\nlong text\n")
+
+
+def run_here(arguments: list[str], **variables: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    started = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", COMMAND, *arguments],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return result, time.perf_counter() - started
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[DEMO, "model.hidden_size=50", "run.log_evry=2"], ["missing.yaml"], [], [DEMO], ["--help"]],
+    ids=["bad-settings", "missing-file", "no-file", "wrong-world", "help"],
+)
+def test_answer_comes_in_under_a_second_without_torch(arguments: list[str]):
+    runs = [run_here(arguments) for _ in range(3)]
+    for result, _ in runs:
+        assert result.returncode == (0 if arguments == ["--help"] else 2), result.stderr
+        assert "Traceback" not in result.stderr
+    # The fastest of three: other processes of the test run may hold the cores in one of them.
+    assert min(seconds for _, seconds in runs) < 1
+
+
+def test_bad_environment_is_one_message():
+    result, _ = run_here([DEMO], RANK="abc", WORLD_SIZE="1")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: environment variable RANK=abc must be an integer")

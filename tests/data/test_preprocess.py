@@ -1,0 +1,104 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_bert_tp import preprocess as command
+from megatron_bert_tp.config.command_line import run_command
+from megatron_bert_tp.data import preprocess as preprocessing
+from megatron_bert_tp.data.corpus import Corpus
+from megatron_bert_tp.data.preprocess import preprocess
+from megatron_bert_tp.data.text import TextLayout
+from megatron_bert_tp.data.tokenizer import Tokenizer
+from megatron_bert_tp.errors import DataError
+
+TEXT = "w5 w6. w7 w8p150.\n\nw9 w10\n\n\x00\u200b\n\nw11. w12. W13"
+
+
+def run(*arguments):
+    return run_command(command.main, usage="", arguments=[str(argument) for argument in arguments])
+
+
+def sentences_of(corpus, tokenizer):
+    return [tokenizer.tokens(corpus.sentence(n)) for n in range(corpus.num_sentences)]
+
+
+def test_command_makes_a_corpus_of_the_texts_sentences(tmp_path, vocabulary_file, tokenizer, capsys):
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"body": "w14\nw15"}))
+    output = tmp_path / "new" / "corpus"
+    rest = ("--tokenizer", vocabulary_file, "--output", output)
+    assert run(tmp_path / "a.txt", tmp_path / "b.jsonl", "--field", "body", "--sentences-per-line", *rest) == 0
+    corpus = Corpus.open(output)
+    expected = ["w5 w6 [UNK] w7 w8 ##p150 [UNK]", "w9 w10", "w11 [UNK] w12 [UNK] w13", "w14", "w15"]
+    assert [" ".join(tokens) for tokens in sentences_of(corpus, tokenizer)] == expected
+    assert corpus.documents.tolist() == [0, 1, 2, 3, 5]
+    assert "4 documents (1 without a token dropped), 5 sentences" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, vocabulary_file, monkeypatch, workers):
+    monkeypatch.setattr(preprocessing, "_CHUNK", 1000)
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(f"w{5 + n % 100} w{6 + n % 90}. W{5 + n % 7} w9p{150 + n % 50}!" for n in range(600)))
+    for name, count in {"one": 1, "many": workers}.items():
+        preprocess([path], vocabulary_file, tmp_path / name, workers=count)
+    for suffix in ("bin", "idx", "json"):
+        assert (tmp_path / f"one.{suffix}").read_bytes() == (tmp_path / f"many.{suffix}").read_bytes()
+    assert Corpus.open(tmp_path / "many").num_documents == 600
+
+
+def test_trained_vocabulary_makes_a_corpus_without_unknown_tokens(tmp_path, capsys):
+    text = tmp_path / "a.txt"
+    text.write_text("A small cat sat. It was small.\n\nThe cat that sat was small." * 9)
+    vocabulary, output = tmp_path / "vocab.txt", tmp_path / "corpus"
+    assert run("train-tokenizer", text, "--size", 120, "--output", vocabulary) == 0
+    assert run(text, "--tokenizer", vocabulary, "--output", output) == 0
+    assert "entries" in capsys.readouterr().out
+    assert Tokenizer.load(vocabulary, lowercase=True).vocabulary.unknown_id not in Corpus.open(output).tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("absent.txt", None, "no such file"),
+        ("empty.txt", b"", "is empty"),
+        ("blank.txt", b"\n\n", "holds no text"),
+        ("nul.txt", b"\0\0", "no sentence with a token"),
+        ("bad.jsonl", b"{", "line 1: not JSON"),
+    ],
+)
+def test_unusable_input_is_one_message_and_exit_2(tmp_path, vocabulary_file, capsys, name, content, told):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert run(tmp_path / name, "--tokenizer", vocabulary_file, "--output", tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    assert told in message
+    assert "Traceback" not in message
+    assert not list(tmp_path.glob("out.*"))
+
+
+def test_output_never_replaces_an_input(tmp_path, vocabulary_file):
+    (tmp_path / "text.json").write_text('{"text": "w5"}')
+    with pytest.raises(DataError, match="would replace the input"):
+        preprocess([tmp_path / "text.json"], vocabulary_file, tmp_path / "text")
+    assert (tmp_path / "text.json").read_text() == '{"text": "w5"}'
+
+
+def test_module_runs_as_a_command(tmp_path, vocabulary_file):
+    (tmp_path / "a.txt").write_text(TEXT)
+    arguments = [tmp_path / "a.txt", "--tokenizer", vocabulary_file, "--output", tmp_path / "out", "--workers", "2"]
+    subprocess.run([sys.executable, "-m", "megatron_bert_tp.preprocess", *map(str, arguments)], check=True)
+    assert Corpus.open(tmp_path / "out").num_documents == 3
+
+
+def test_novel_comes_back_as_its_own_words(shared_file, tmp_path):
+    novel = shared_file("novels/Doyle_Hound_1902.txt")
+    vocabulary = shared_file("vocab/bert-large-uncased-vocab.txt")
+    report = preprocess([novel], vocabulary, tmp_path / "hound", layout=TextLayout(document_per_file=True))
+    corpus, tokenizer = Corpus.open(tmp_path / "hound"), Tokenizer.load(vocabulary, lowercase=True)
+    assert report.facts.documents == 1
+    assert 2000 < corpus.num_sentences < 6000
+    # Splitting into sentences moves no token: the whole text encodes to the same ids.
+    assert corpus.tokens.tolist() == tokenizer.encode_batch([novel.read_text("utf-8-sig")])[0]
