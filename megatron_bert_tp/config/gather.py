@@ -144,15 +144,11 @@ def _suggestion(path: str) -> str:
     section, _, name = path.rpartition(".")
     if path in known:
         return f"write `{name}:` indented under `{section}:`"
-    meant = _same_name(name, known) or _similar(path, known) or _same_words(name, known)
+    meant = _similar(path, known) or _same_words(name, known)
     if meant:
         return f"did you mean {listed(meant)}?"
     members = _members(section)
     return f"{section or 'the top level'} holds {', '.join(members)}; --help lists all settings"
-
-
-def _same_name(name: str, known: Sequence[str]) -> list[str]:
-    return [path for path in known if path.rpartition(".")[2] == name]
 
 
 def _similar(path: str, known: Sequence[str]) -> list[str]:

@@ -153,7 +153,7 @@ def _refuse_traps(text: str, source: str) -> None:
         if depth > _DEEPEST or number > _MOST_EVENTS:
             what = f"more than {_DEEPEST} levels or {_MOST_EVENTS} parts: this is no settings file"
             raise _syntax_error(what, event.start_mark, source)
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+        if getattr(event, "anchor", None):
             what = "anchors (&) and aliases (*) are not allowed: write the value out, or quote the text"
             raise _syntax_error(what, event.start_mark, source)
         if getattr(event, "tag", None):

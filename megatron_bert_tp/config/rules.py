@@ -133,8 +133,7 @@ def _pairs_have_two_segments(types: int, pairs: str) -> Broken | None:
 
 
 def _shares_leave_room(mask_share: float, random_share: float) -> Broken | None:
-    # Shares such as 0.7 + 0.3 add up to 1 only up to rounding.
-    if mask_share + random_share <= 1 + 1e-9:
+    if mask_share + random_share <= 1:
         return None
     return Broken(
         f"plus objective.masking.random_share ({random_share}) must be at most 1",

@@ -32,8 +32,9 @@ class Purpose(IntEnum):
 def streams(seed: int, purpose: Purpose, rows: Ints) -> Bits:
     """State of the stream of each row; the same shape as ``rows``."""
     key = np.array([seed, int(purpose)], dtype=np.uint64)
-    state = _mix(_mix(key[:1]) + key[1:] * _GOLDEN)
-    return _mix(state + _mix(rows.astype(np.uint64) * _GOLDEN + _GOLDEN))
+    # Hashed after each addition: sums of hashes are alike where purpose and row change places.
+    state = _mix(_mix(key[:1] + _GOLDEN) + key[1:] * _GOLDEN)
+    return draw(state, rows)
 
 
 def draw(streams: Bits, columns: Ints) -> Bits:

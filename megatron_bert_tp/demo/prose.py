@@ -8,6 +8,7 @@ each of which still has to look like English.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megatron_bert_tp.data.text import split_sentences
 
@@ -69,8 +70,9 @@ def _prose_blocks(lines: list[str]) -> Iterator[_Block]:
     for block in _without_dropped_sections(_blocks(lines)):
         if hidden_above is not None and block.indent > hidden_above:
             continue
-        hidden_above = block.indent if _opens_dropped(block) else None
-        if hidden_above is None and not _is_code(block):
+        is_dropped = _opens_dropped(block)
+        hidden_above = block.indent if is_dropped or block.lines[-1].endswith("::") else None
+        if not is_dropped and not _is_code(block):
             yield block
 
 
@@ -88,13 +90,14 @@ def _without_dropped_sections(blocks: Iterator[_Block]) -> Iterator[_Block]:
 
 
 def _blocks(lines: list[str]) -> Iterator[_Block]:
-    """Cut at blank lines, at list items and where a line is indented otherwise than the one before."""
+    """Cut at blank lines, list items, underlined titles, and where the indentation changes."""
     block: _Block | None = None
-    for line in [*lines, ""]:
+    for line, following in pairwise([*lines, "", ""]):
         indent = len(line) - len(line.lstrip())
         item = _ITEM.match(line)
-        is_new = block is None or item is not None or (indent != block.indent and not _UNDERLINE.match(line))
-        if block is not None and (is_new or not line.strip()):
+        is_title = bool(_UNDERLINE.match(following))
+        is_step = block is not None and indent != block.indent and not _UNDERLINE.match(line)
+        if block is not None and (item or is_title or is_step or not line.strip()):
             yield block
             block = None
         if not line.strip():

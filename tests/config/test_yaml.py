@@ -121,6 +121,7 @@ def test_repeated_section_is_told_and_its_settings_are_checked(write: Write):
         ("a: !!python/object/apply:os.system ['true']\n", "settings.yaml:1, column 4: tags (!)"),
         ("a: !!int '3'\n", "tags (!)"),
         ("a: " + "[" * 5000 + "]" * 5000 + "\n", "levels"),
+        ("a: " + "[" * 50 + "]" * 50 + "\n", "levels"),
         ("a: [" + "0, " * 20000 + "0]\n", "levels"),
         ("? [a, b]\n: 1\n", "settings.yaml:1: the name of a setting must be a word"),
         ("a: 1\nb: \x07\n", "settings.yaml:2 holds the unprintable character"),

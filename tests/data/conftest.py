@@ -8,9 +8,9 @@ import pytest
 from megatron_bert_tp.data.corpus import Corpus
 from megatron_bert_tp.data.corpus_writer import CorpusWriter
 from megatron_bert_tp.data.tokenizer import Tokenizer
+from tests.data.corpora import SPECIAL
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 @pytest.fixture(scope="session")

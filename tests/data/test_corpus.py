@@ -89,7 +89,7 @@ DAMAGES = {
     ),
     "negative pointer": (index_bytes(LENGTHS, BOUNDARIES, pointers=[0, 6, 8, 12, 16, -2]), "sentence 5"),
     "documents fall": (index_bytes(LENGTHS, [0, 5, 3, 6]), "must rise from 0 to 6"),
-    "documents overflow": (index_bytes(LENGTHS, [0, 2**63 - 1, -(2**63), 6]), "must rise from 0 to 6"),
+    "documents overflow": (index_bytes(LENGTHS, [0, 2**63 - 1, -2, 6]), "must rise from 0 to 6"),
     "documents begin late": (index_bytes(LENGTHS, [1, 2, 3, 6]), "must rise from 0 to 6"),
     "documents end early": (index_bytes(LENGTHS, [0, 2, 3, 5]), "must rise from 0 to 6"),
     "no sentence": (index_bytes([], [0, 0]), "an empty corpus"),

@@ -41,7 +41,9 @@ def test_command_makes_a_corpus_of_the_texts_sentences(tmp_path, vocabulary_file
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, vocabulary_file, monkeypatch, workers):
     monkeypatch.setattr(preprocessing, "_CHUNK", 1000)
     path = tmp_path / "a.txt"
-    path.write_text("\n\n".join(f"w{5 + n % 100} w{6 + n % 90}. W{5 + n % 7} w9p{150 + n % 50}!" for n in range(600)))
+    path.write_text(
+        "\n\n".join(f"w{5 + n % 100} w{6 + n % 90}. W{5 + n % 7} w9p{150 + n % 50}!" for n in range(600))
+    )
     for name, count in {"one": 1, "many": workers}.items():
         preprocess([path], vocabulary_file, tmp_path / name, workers=count)
     for suffix in ("bin", "idx", "json"):
@@ -88,7 +90,15 @@ def test_output_never_replaces_an_input(tmp_path, vocabulary_file):
 
 def test_module_runs_as_a_command(tmp_path, vocabulary_file):
     (tmp_path / "a.txt").write_text(TEXT)
-    arguments = [tmp_path / "a.txt", "--tokenizer", vocabulary_file, "--output", tmp_path / "out", "--workers", "2"]
+    arguments = [
+        tmp_path / "a.txt",
+        "--tokenizer",
+        vocabulary_file,
+        "--output",
+        tmp_path / "out",
+        "--workers",
+        "2",
+    ]
     subprocess.run([sys.executable, "-m", "megatron_bert_tp.preprocess", *map(str, arguments)], check=True)
     assert Corpus.open(tmp_path / "out").num_documents == 3
 

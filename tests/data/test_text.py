@@ -15,7 +15,7 @@ def test_blank_lines_separate_documents(tmp_path):
     path.write_bytes("\ufeff\nOne.\r\nTwo.\r\n \r\n\r\nThree.\n\n".encode())
     documents = list(read_documents(path, TextLayout()))
     assert [document.text.split() for document in documents] == [["One.", "Two."], ["Three."]]
-    assert path.stat().st_size - sum(document.num_bytes for document in documents) == 1
+    assert path.stat().st_size - sum(document.num_bytes for document in documents) == 0
 
 
 def test_file_without_blank_lines_is_one_document(tmp_path):

@@ -7,9 +7,11 @@ from tokenizers.implementations import BertWordPieceTokenizer
 
 from megatron_bert_tp.data.tokenizer import Tokenizer, train_wordpiece
 from megatron_bert_tp.errors import DataError
-from tests.data.conftest import SPECIAL
+from tests.data.corpora import SPECIAL
 
-SENTENCES = [f"the {a} {b} unhappily walks, Über {b}{a}." for a in ("cat", "dog", "tree") for b in ("big", "old")] * 4
+SENTENCES = [
+    f"the {a} {b} unhappily walks, Über {b}{a}." for a in ("cat", "dog", "tree") for b in ("big", "old")
+] * 4
 TRAIN = """
 import sys
 from pathlib import Path
@@ -28,7 +30,12 @@ def test_ids_of_a_vocabulary_file_are_its_line_numbers(tokenizer):
 
 
 def test_encoding_adds_no_special_tokens_and_reads_none(tokenizer):
-    assert tokenizer.encode_batch(["w5 W6", "w7p150 nothing", "[MASK]", ""]) == [[5, 6], [7, 150, 1], [1, 1, 1], []]
+    assert tokenizer.encode_batch(["w5 W6", "w7p150 nothing", "[MASK]", ""]) == [
+        [5, 6],
+        [7, 150, 1],
+        [1, 1, 1],
+        [],
+    ]
 
 
 def test_decoding_joins_pieces_and_leaves_special_tokens_out(tokenizer):
