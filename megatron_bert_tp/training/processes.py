@@ -1,0 +1,92 @@
+"""This process among its peers: device, process group, mesh, memory."""
+
+import ctypes
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_bert_tp.config.environment import LaunchEnvironment
+from megatron_bert_tp.errors import LayoutError
+from megatron_bert_tp.parallel.collectives import maximum_over_, sum_over_
+from megatron_bert_tp.parallel.mesh import MeshShape, ParallelMesh
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of this process: ``auto`` is a GPU where torch sees one; the GPU number is the local rank."""
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cpu" or (wanted == "auto" and not has_gpu):
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise LayoutError(
+            f"run.device is {wanted}, but local rank {local_rank} has no GPU of its own (torch sees "
+            f"{torch.cuda.device_count()}); start as many processes as GPUs, or set run.device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def process_group(environment: LaunchEnvironment, device: torch.device, timeout: timedelta) -> Iterator[None]:
+    """Join the peers that torchrun started, and leave them at the end; one process needs no group."""
+    if environment.world_size == 1:
+        yield
+        return
+    is_gpu = device.type == "cuda"
+    backend = "nccl" if is_gpu else "gloo"
+    dist.init_process_group(backend, timeout=timeout, device_id=device if is_gpu else None)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def build_mesh(
+    environment: LaunchEnvironment, device: torch.device, *, tensor: int, pipeline: int, timeout: timedelta
+) -> ParallelMesh:
+    """Mesh of this launch, its pipeline warmed up: NCCL's first message of a group needs all its ranks."""
+    if environment.world_size == 1:
+        return ParallelMesh.alone()
+    shape = MeshShape.of_world(environment.world_size, tensor=tensor, pipeline=pipeline)
+    mesh = ParallelMesh.build(shape, rank=environment.rank, timeout=timeout)
+    if device.type == "cuda":
+        sum_over_(torch.zeros(1, device=device), mesh.pipeline)
+    return mesh
+
+
+def barrier() -> None:
+    """Wait until every rank of the launch is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep large freed buffers for the next step; returns whether it could.
+
+    By default every activation is given back to the system and mapped anew: half a million page faults a
+    step, which can take half of the time of a small model on CPU.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # another C library than glibc
+        return False
+    settings = {_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: (1 << 31) - 1, _M_TOP_PAD: 1 << 26}
+    return all(mallopt(key, value) == 1 for key, value in settings.items())
+
+
+def peak_memory(mesh: ParallelMesh, device: torch.device) -> float:
+    """Largest memory of any rank so far, in GiB: of the GPU, or resident on CPU."""
+    if device.type == "cuda":
+        used = float(torch.cuda.max_memory_allocated(device))
+    else:
+        used = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    largest = torch.tensor([used], dtype=torch.float64, device=device)
+    for axis in (mesh.tensor, mesh.pipeline, mesh.data):
+        maximum_over_(largest, axis)
+    return largest.item() / 2**30
