@@ -27,3 +27,7 @@ class CheckpointError(MegatronBertError):
 
 class FormatError(MegatronBertError):
     """A foreign weight file cannot be read as a MegatronBert."""
+
+
+class TrainingError(MegatronBertError):
+    """A run cannot go on, such as with a loss that is no number."""

@@ -65,13 +65,13 @@ class RankPool:
         while len(answers) < len(pipes):
             ready = wait([pipe for pipe in pipes if pipe not in answers], timeout=CALL_TIMEOUT)
             if not ready:
-                self.close()
+                self._end_workers()
                 raise TimeoutError(f"no rank answered for {CALL_TIMEOUT} s")
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 succeeded, result = pickle.loads(pipe.recv_bytes())
                 if not succeeded:
-                    self.close()
+                    self._end_workers()
                     raise AssertionError(result)
                 answers[pipe] = result
         return answers
@@ -86,6 +86,10 @@ class RankPool:
             self._workers.append((process, here))
 
     def close(self) -> None:
+        self._end_workers()
+        self._directory.cleanup()
+
+    def _end_workers(self) -> None:
         for process, pipe in self._workers:
             process.kill()
             process.join()

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Pretraining on the GPUs (or cores) of one machine:
+#   launch/torchrun.sh configs/345m.yaml [section.key=value ...]
+# NPROC sets the number of processes: by default one a GPU, or one a core without GPUs.
+set -euo pipefail
+
+if [[ $# -lt 1 ]]; then
+  echo "usage: [NPROC=N] launch/torchrun.sh CONFIG.yaml [section.key=value ...]" >&2
+  exit 2
+fi
+
+default=gpu
+command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus >/dev/null 2>&1 || default=cpu
+
+exec torchrun --nnodes=1 --nproc-per-node="${NPROC:-$default}" -m megatron_bert_tp.pretrain "$@"

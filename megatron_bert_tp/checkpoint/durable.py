@@ -1,0 +1,70 @@
+"""Files that survive a crash: synced, hashed, replaced in one step; and JSON that is read with suspicion."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from megatron_bert_tp.errors import MegatronBertError
+
+JSON: TypeAlias = Mapping[str, "JSON"] | Sequence["JSON"] | str | int | float | bool | None
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file and wait until it is on the disk."""
+    path.write_text(text, encoding="utf-8")
+    sync(path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Give a file new content so that every reader, also after a crash, sees the old or the new one."""
+    fresh = path.with_name(f"{path.name}.new")
+    write_text(fresh, text)
+    os.replace(fresh, path)
+    sync(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, read as a stream."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def readable(num_bytes: int) -> str:
+    """Size for people, in decimal units: ``12.3 MB``."""
+    for exponent, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
+        if num_bytes >= 10**exponent:
+            return f"{num_bytes / 10**exponent:.1f} {unit}"
+    return f"{num_bytes} bytes"
+
+
+def is_basename(name: object) -> bool:
+    """Whether ``name`` is the name of a file inside a directory, and no way out of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
+def read_object(path: Path, *, largest: int, error: type[MegatronBertError]) -> dict[str, JSON]:
+    """The JSON object in a file of at most ``largest`` bytes; raises ``error`` when there is none."""
+    if not path.is_file():
+        raise error(f"{path}: no such file")
+    size = path.stat().st_size
+    if size > largest:
+        raise error(f"{path}: has {readable(size)}, more than the {readable(largest)} that are credible")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path}: not valid JSON ({cause}); the file is damaged") from cause
+    if not isinstance(value, dict):
+        raise error(f"{path}: must hold a JSON object, not a {type(value).__name__}")
+    return value

@@ -1,0 +1,135 @@
+"""`manifest.json`: which rectangle of which tensor is in which file, and what every file must look like.
+
+The manifest carries a SHA-256 of itself, so that a flipped bit in a step number or an offset is seen too.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_bert_tp.checkpoint.durable import JSON, is_basename, read_object
+from megatron_bert_tp.checkpoint.slices import DTYPES, Slice, check_coverage
+from megatron_bert_tp.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = "megatron_bert_tp checkpoint"
+VERSION = 1
+_LARGEST = 256 * 2**20  # bytes; the manifest of a 24-layer model on 64 ranks has a few MB
+_DIGEST = "sha256"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must look like: ``size`` in bytes, SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that is known of a checkpoint without opening a tensor file."""
+
+    step: int
+    facts: Mapping[str, JSON]
+    files: Mapping[str, FileRecord]
+    attachments: tuple[str, ...]
+    slices: tuple[Slice, ...]
+
+    def dump(self) -> str:
+        """The text of `manifest.json`."""
+        body: dict[str, JSON] = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return json.dumps({**body, _DIGEST: _digest(body)}, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Manifest at ``path``; CheckpointError when it is missing, damaged or contradicts itself."""
+        body = read_object(path, largest=_LARGEST, error=CheckpointError)
+        _check_origin(path, body)
+        try:
+            manifest = cls._from(body)
+            check_coverage(manifest.slices)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        return manifest
+
+    @classmethod
+    def _from(cls, body: Mapping[str, JSON]) -> "Manifest":
+        files = {_basename(name): parse_record(value) for name, value in _object(body, "files").items()}
+        attachments = tuple(_basename(name) for name in _list(body, "attachments"))
+        slices = tuple(parse_slice(row) for row in _list(body, "slices"))
+        named = {*attachments, *(row.file for row in slices)}
+        if named - files.keys():
+            raise CheckpointError(f"files without size and SHA-256: {', '.join(sorted(named - files.keys()))}")
+        return cls(_natural(body.get("step"), "step"), _object(body, "facts"), files, attachments, slices)
+
+
+def parse_slice(value: JSON) -> Slice:
+    """Row of the manifest from JSON; CheckpointError when a field is missing or has another type."""
+    row = _as_object(value, "slice")
+    name, dtype = row.get("name"), row.get("dtype")
+    if not isinstance(name, str) or not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"slice {name!r}: dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    shape, offsets, extent = (_numbers(row, key) for key in ("shape", "offsets", "extent"))
+    return Slice(name, shape, offsets, extent, dtype, _basename(row.get("file")))
+
+
+def parse_record(value: JSON) -> FileRecord:
+    """Size and SHA-256 of a file from JSON; CheckpointError when a field is missing or has another type."""
+    record = _as_object(value, "file")
+    sha256 = record.get("sha256")
+    if not isinstance(sha256, str):
+        raise CheckpointError(f"the SHA-256 of a file must be text, not {sha256!r}")
+    return FileRecord(_natural(record.get("size"), "size of a file"), sha256)
+
+
+def _check_origin(path: Path, body: dict[str, JSON]) -> None:
+    """The file is a manifest of a version that is read here, and as it was written."""
+    if body.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not the manifest of a checkpoint (format {body.get('format')!r})")
+    if body.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path}: has format version {body.get('version')!r}, this program reads {VERSION}; "
+            "use the program that wrote it"
+        )
+    if body.pop(_DIGEST, None) != _digest(body):
+        raise CheckpointError(f"{path}: its content does not fit its SHA-256; it is damaged or was edited")
+
+
+def _digest(body: Mapping[str, JSON]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _basename(name: object) -> str:
+    if not is_basename(name):
+        raise CheckpointError(f"{name!r} is not the plain name of a file in the checkpoint's directory")
+    return str(name)
+
+
+def _natural(value: JSON, what: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise CheckpointError(f"{what} must be a number from 0 on, not {value!r}")
+    return value
+
+
+def _numbers(row: Mapping[str, JSON], key: str) -> tuple[int, ...]:
+    return tuple(_natural(value, key) for value in _list(row, key))
+
+
+def _object(body: Mapping[str, JSON], key: str) -> Mapping[str, JSON]:
+    return _as_object(body.get(key), key)
+
+
+def _as_object(value: JSON, what: str) -> Mapping[str, JSON]:
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{what} must be an object, not {value!r}")
+    return value
+
+
+def _list(body: Mapping[str, JSON], key: str) -> list[JSON]:
+    value = body.get(key)
+    if not isinstance(value, list):
+        raise CheckpointError(f"{key} must be a list, not {value!r}")
+    return value

@@ -1,0 +1,117 @@
+"""The rectangles of which a checkpoint consists, and the proof that they cover every tensor exactly once."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import prod
+
+import torch
+from torch import Tensor
+
+from megatron_bert_tp.errors import CheckpointError
+from megatron_bert_tp.parallel.sharding import Part
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
+}
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """What a rank hands in to be saved: ``tensor`` lies at ``offsets`` in a whole tensor of ``shape``."""
+
+    name: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One row of the manifest: the rectangle at ``offsets`` of size ``extent``, under ``name`` in ``file``."""
+
+    name: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    extent: tuple[int, ...]
+    dtype: str
+    file: str
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        """First index after the rectangle in every dim."""
+        return end_of(self.offsets, self.extent)
+
+
+def rectangles(parts: Iterable[Part], kind: str, tensor_of: Callable[[Part], Tensor]) -> list[Rectangle]:
+    """What this rank answers for, under ``kind/name``.
+
+    ``tensor_of`` gives a tensor of the parameter's shape: the parameter itself, or a moment of it.
+    """
+    return [
+        Rectangle(f"{kind}/{part.name}", part.shape, part.offsets, part.view(tensor_of(part)).detach())
+        for part in parts
+        if part.is_counted_here and prod(part.local_shape)
+    ]
+
+
+def end_of(offsets: Sequence[int], extent: Sequence[int]) -> tuple[int, ...]:
+    """First index after a rectangle in every dim."""
+    return tuple(offset + size for offset, size in zip(offsets, extent, strict=True))
+
+
+def intersection(
+    offsets: Sequence[int], end: Sequence[int], row: Slice
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """First index and end, in the whole tensor, of what ``row`` holds of the rectangle; None when nothing."""
+    begins = tuple(map(max, zip(offsets, row.offsets, strict=True)))
+    ends = tuple(map(min, zip(end, row.end, strict=True)))
+    return None if any(first >= last for first, last in zip(begins, ends, strict=True)) else (begins, ends)
+
+
+def by_name(rows: Iterable[Slice]) -> dict[str, list[Slice]]:
+    """Rows of each tensor."""
+    grouped: dict[str, list[Slice]] = {}
+    for row in rows:
+        grouped.setdefault(row.name, []).append(row)
+    return grouped
+
+
+def check_coverage(rows: Iterable[Slice]) -> None:
+    """CheckpointError unless the rows of each tensor agree and cover it completely and exactly once."""
+    for name, group in by_name(rows).items():
+        _check_agreement(name, group)
+        held, whole = sum(prod(row.extent) for row in group), prod(group[0].shape)
+        overlap = next((pair for pair in combinations(group, 2) if _overlap(*pair)), None)
+        if overlap:
+            raise CheckpointError(
+                f"{name}: the rectangles at {overlap[0].offsets} in {overlap[0].file} and at "
+                f"{overlap[1].offsets} in {overlap[1].file} overlap; two ranks handed in the same part"
+            )
+        if held != whole:
+            raise CheckpointError(
+                f"{name}: the rectangles hold {held} of the {whole} numbers of shape {group[0].shape}; "
+                "a rank or a file is missing"
+            )
+
+
+def _overlap(one: Slice, other: Slice) -> bool:
+    return intersection(one.offsets, one.end, other) is not None
+
+
+def _check_agreement(name: str, group: Sequence[Slice]) -> None:
+    """All rows speak of the same tensor and lie inside it."""
+    kinds = {(row.shape, row.dtype) for row in group}
+    if len(kinds) > 1:
+        raise CheckpointError(f"{name}: the rectangles disagree on shape and number format: {sorted(kinds)}")
+    for row in group:
+        inside = len(row.offsets) == len(row.extent) == len(row.shape) and all(
+            0 <= first and 0 < size and first + size <= whole
+            for first, size, whole in zip(row.offsets, row.extent, row.shape, strict=True)
+        )
+        if not inside:
+            raise CheckpointError(
+                f"{name}: the rectangle at {row.offsets} of size {row.extent} in {row.file} does not lie "
+                f"inside the shape {row.shape}"
+            )

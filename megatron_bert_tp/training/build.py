@@ -1,0 +1,193 @@
+"""From settings to a trainer: the one place, beside the entry points, that sees the whole `Config`."""
+
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from megatron_bert_tp.checkpoint.store import Checkpoint, check_model
+from megatron_bert_tp.checkpoint.tensors import load_rectangles_
+from megatron_bert_tp.config.environment import LaunchEnvironment
+from megatron_bert_tp.config.schema import Config
+from megatron_bert_tp.formats.weights import open_weights
+from megatron_bert_tp.model.initialisation import initialise_
+from megatron_bert_tp.model.shape import ModelShape, tensor_shapes
+from megatron_bert_tp.model.stage import MegatronBertStage
+from megatron_bert_tp.optim.adamw import MOMENTS, AdamWNumbers, build_adamw, moment_of, restart_
+from megatron_bert_tp.optim.learning_rate import LinearSchedule
+from megatron_bert_tp.parallel.gradients import Gradients
+from megatron_bert_tp.parallel.mesh import ParallelMesh
+from megatron_bert_tp.pipeline.partition import StagePlan, partition, stage_costs
+from megatron_bert_tp.training.processes import (
+    barrier,
+    build_mesh,
+    choose_device,
+    keep_freed_memory,
+    peak_memory,
+    process_group,
+)
+from megatron_bert_tp.training.progress import MetricsFile, Reporter
+from megatron_bert_tp.training.run_directory import RunDirectory, checkpoint_to_resume, prepare
+from megatron_bert_tp.training.texts import Texts, open_texts
+from megatron_bert_tp.training.trainer import Pace, Trainer
+
+METRICS = "metrics.jsonl"
+
+
+def pretrain(config: Config, environment: LaunchEnvironment) -> None:
+    """Run ``config`` on this rank, from the newest checkpoint to the last step."""
+    keep_freed_memory()
+    device = choose_device(config.run.device, environment.local_rank)
+    timeout = timedelta(seconds=config.run.timeout_seconds)
+    with ExitStack() as stack:
+        stack.enter_context(process_group(environment, device, timeout))
+        mesh = build_mesh(
+            environment,
+            device,
+            tensor=config.parallel.tensor,
+            pipeline=config.parallel.pipeline,
+            timeout=timeout,
+        )
+        texts = open_texts(config, mesh.data)
+        checkpoint = checkpoint_to_resume(config)
+        trainer = build_trainer(config, mesh, texts, device, checkpoint)
+        prepare(config, environment)
+        reporter = stack.enter_context(_reporter(config, trainer.steps_done)) if environment.is_first else None
+        directory = RunDirectory(config, environment, mesh, reporter)
+        directory.say(_opening(config, environment, texts, trainer, checkpoint))
+        trainer.run(directory)
+        directory.say(f"peak memory of a rank: {peak_memory(mesh, device):.2f} GiB")
+        barrier()
+
+
+def build_trainer(
+    config: Config, mesh: ParallelMesh, texts: Texts, device: torch.device, checkpoint: Checkpoint | None
+) -> Trainer:
+    """Stage, optimizer and gradients of one rank, new, from given weights, or as a checkpoint left them."""
+    shape = model_shape(config)
+    plan = stage_plans(config)[mesh.pipeline.rank]
+    dtype = getattr(torch, config.optimizer.precision)
+    with device:  # made there: moving a stage would part the two leaves of a tied weight
+        stage = MegatronBertStage(shape, plan, axis=mesh.tensor, seed=config.optimizer.seed, dtype=dtype)
+    _fill_(stage, config, checkpoint)
+    numbers = AdamWNumbers(
+        beta1=config.optimizer.beta1,
+        beta2=config.optimizer.beta2,
+        epsilon=config.optimizer.epsilon,
+        weight_decay=config.optimizer.weight_decay,
+    )
+    optimizer = build_adamw(stage.trained_parameters(), numbers)
+    if checkpoint is not None:
+        restart_(optimizer, checkpoint.step)
+        for kind in MOMENTS:
+            load_rectangles_(stage.parts(), kind, moment_of(optimizer, kind), checkpoint)
+    gradients = Gradients(
+        stage.parts(),
+        list(tensor_shapes(shape)),
+        tied=stage.tied(),
+        mesh=mesh,
+        bucket_bytes=config.parallel.bucket_megabytes << 20,
+    )
+    steps_done = checkpoint.step if checkpoint else 0
+    return Trainer(
+        stage, optimizer, gradients, texts, mesh=mesh, device=device, pace=_pace(config), steps_done=steps_done
+    )
+
+
+def model_shape(config: Config) -> ModelShape:
+    """The sizes of the model among the settings."""
+    model = config.model
+    return ModelShape(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        intermediate_size=model.intermediate_size,
+        max_position_embeddings=model.max_position_embeddings,
+        type_vocab_size=model.type_vocab_size,
+        tie_word_embeddings=model.tie_word_embeddings,
+        pad_token_id=model.pad_token_id,
+        layer_norm_eps=model.layer_norm_eps,
+        hidden_dropout_prob=model.hidden_dropout_prob,
+        attention_probs_dropout_prob=model.attention_probs_dropout_prob,
+        initializer_range=model.initializer_range,
+    )
+
+
+def stage_plans(config: Config) -> tuple[StagePlan, ...]:
+    """Which layers each stage holds, the weight of the MLM head at the masked positions considered."""
+    model = config.model
+    costs = stage_costs(
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        vocab_size=model.vocab_size,
+        sequence_length=config.data.sequence_length,
+        predicted_share=config.objective.masking.probability,
+    )
+    return partition(
+        model.num_hidden_layers,
+        config.parallel.pipeline,
+        embedding_cost=costs.embedding,
+        head_cost=costs.head,
+    )
+
+
+def _fill_(stage: MegatronBertStage, config: Config, checkpoint: Checkpoint | None) -> None:
+    """Weights of the checkpoint, else of ``model.weights``, else initial ones from the seed."""
+    if checkpoint is not None:
+        check_model(checkpoint, stage.shape)
+        load_rectangles_(stage.parts(), "weight", lambda part: part.parameter.data, checkpoint)
+    elif config.model.weights is not None:
+        read = open_weights(Path(config.model.weights), stage.shape)
+        for part in stage.parts():
+            whole_or_slice = read(part.source, part.offsets, part.local_shape)
+            part.view(part.parameter.data).copy_(whole_or_slice)
+    else:
+        initialise_(stage, seed=config.optimizer.seed)
+
+
+def _pace(config: Config) -> Pace:
+    optimizer, run = config.optimizer, config.run
+    return Pace(
+        steps=optimizer.steps,
+        global_batch=optimizer.global_batch,
+        clip_norm=optimizer.clip_norm,
+        schedule=LinearSchedule(
+            peak=optimizer.learning_rate,
+            final=optimizer.final_learning_rate,
+            warmup=optimizer.warmup_steps,
+            steps=optimizer.steps,
+        ),
+        pipeline_schedule=config.parallel.schedule,
+        save_every=run.save_every,
+        evaluate_every=run.evaluate_every,
+        evaluation_samples=run.evaluation_samples,
+    )
+
+
+def _reporter(config: Config, steps_done: int) -> Reporter:
+    metrics = MetricsFile(Path(config.run.directory) / METRICS, steps_done=steps_done)
+    steps = config.optimizer.steps
+    return Reporter(metrics, Console(), steps=steps, steps_done=steps_done, log_every=config.run.log_every)
+
+
+def _opening(
+    config: Config,
+    environment: LaunchEnvironment,
+    texts: Texts,
+    trainer: Trainer,
+    checkpoint: Checkpoint | None,
+) -> str:
+    parallel, mesh = config.parallel, trainer.mesh
+    layers = ", ".join(str(len(plan.layers)) for plan in stage_plans(config))
+    start = f"goes on from {checkpoint.path}, step {checkpoint.step}" if checkpoint else "starts at step 0"
+    if trainer.steps_done >= config.optimizer.steps:
+        start += f": already finished ({config.optimizer.steps} steps)"
+    return (
+        f"{environment.world_size} processes: data {mesh.data.size} x pipeline {parallel.pipeline} x tensor "
+        f"{parallel.tensor}; {trainer.device.type}, {config.optimizer.precision}, {parallel.schedule}, layers "
+        f"{layers}\n"
+        f"{texts.training.num_samples_per_epoch:,} samples an epoch from {config.data.corpus}; {start}"
+    )

@@ -1,0 +1,122 @@
+"""What a run tells: one console line and one JSON record a step, and a bar with the time left."""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+Record = Mapping[str, float | int | str]
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, flushed as it is written."""
+
+    def __init__(self, path: Path, *, steps_done: int) -> None:
+        """Records after ``steps_done`` belong to steps that are run again, and are cut off."""
+        if path.exists():
+            _keep_records(path, steps_done)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Append one record."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._file.close()
+
+
+def read_records(path: Path) -> list[dict[str, float | int | str]]:
+    """All whole records of a metrics file; a last line that was cut off by a crash is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines if line]
+
+
+def _keep_records(path: Path, steps_done: int) -> None:
+    kept = [record for record in read_records(path) if int(record["step"]) <= steps_done]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+class Reporter(AbstractContextManager["Reporter"]):
+    """Console and metrics file of a run; made on the one rank that speaks for all."""
+
+    def __init__(
+        self, metrics: MetricsFile, console: Console, *, steps: int, steps_done: int, log_every: int
+    ) -> None:
+        self._metrics, self._console = metrics, console
+        self._steps, self._log_every = steps, log_every
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=steps, completed=steps_done)
+
+    def __enter__(self) -> "Reporter":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        self._metrics.close()
+
+    def say(self, text: str) -> None:
+        """One line on the console."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def step(self, record: Record) -> None:
+        """Report one optimizer step."""
+        self._metrics.write({"kind": "step", **record})
+        number = int(record["step"])
+        self._bar.update(self._task, completed=number)
+        if number % self._log_every == 0 or number == self._steps:
+            self.say(step_line(record, self._steps))
+
+    def evaluation(self, record: Record) -> None:
+        """Report one evaluation on the held-out part."""
+        self._metrics.write({"kind": "evaluation", **record})
+        self.say(evaluation_line(record))
+
+
+def step_line(record: Record, steps: int) -> str:
+    """One step in a line, with the time left at the present speed."""
+    left = timedelta(seconds=round(float(record["seconds_left"])))
+    return (
+        f"step {record['step']:>6}/{steps}  loss {record['loss']:.4f}  mlm {record['mlm_loss']:.4f} "
+        f"({100 * float(record['mlm_accuracy']):.1f}%)  nsp {record['nsp_loss']:.4f} "
+        f"({100 * float(record['nsp_accuracy']):.0f}%)  norm {record['grad_norm']:.3f}  "
+        f"rate {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s  left {left}"
+    )
+
+
+def evaluation_line(record: Record) -> str:
+    """One evaluation in a line."""
+    unigram = f"  unigram {record['unigram_loss']:.4f}" if "unigram_loss" in record else ""
+    return (
+        f"held-out at step {record['step']}: mlm {record['mlm_loss']:.4f} "
+        f"({100 * float(record['mlm_accuracy']):.1f}%)  nsp {record['nsp_loss']:.4f} "
+        f"({100 * float(record['nsp_accuracy']):.0f}%)  {record['masked']:,} masked tokens{unigram}"
+    )

@@ -1,0 +1,189 @@
+"""The training loop: take batches, run the program, sum gradients, step, report, save."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from megatron_bert_tp.data.batches import Batch
+from megatron_bert_tp.errors import TrainingError
+from megatron_bert_tp.model.stage import MegatronBertStage, PretrainingLogits
+from megatron_bert_tp.objectives.pretraining import Counts, Losses, count, losses_of_step, microbatch_loss
+from megatron_bert_tp.optim.adamw import step_
+from megatron_bert_tp.optim.learning_rate import LinearSchedule, learning_rate
+from megatron_bert_tp.parallel.collectives import sum_over_
+from megatron_bert_tp.parallel.gradients import Gradients
+from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
+from megatron_bert_tp.pipeline.executor import Executor
+from megatron_bert_tp.pipeline.schedule import Program, programs
+from megatron_bert_tp.training.run_directory import RunDirectory
+from megatron_bert_tp.training.texts import Texts
+
+_NUM_STATISTICS = 4
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a run is, and how often it does what."""
+
+    steps: int
+    global_batch: int
+    clip_norm: float
+    schedule: LinearSchedule
+    pipeline_schedule: str
+    save_every: int
+    evaluate_every: int
+    evaluation_samples: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step as it is reported; ``step`` and ``samples`` count what is done, this step included."""
+
+    step: int
+    samples: int
+    losses: Losses
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+
+
+class Trainer:
+    """Everything that a run holds on one rank."""
+
+    def __init__(
+        self,
+        stage: MegatronBertStage,
+        optimizer: torch.optim.AdamW,
+        gradients: Gradients,
+        texts: Texts,
+        *,
+        mesh: ParallelMesh,
+        device: torch.device,
+        pace: Pace,
+        steps_done: int,
+    ) -> None:
+        self.stage, self.optimizer, self.gradients, self.texts = stage, optimizer, gradients, texts
+        self.mesh, self.device, self.pace = mesh, device, pace
+        self.steps_done = steps_done
+        self._programs: dict[tuple[str, int], Program] = {}
+        self._held_out: list[Batch] | None = None
+
+    def run(self, directory: RunDirectory) -> None:
+        """Train to the last step; evaluates and saves on the way and at the end."""
+        seconds: list[float] = []
+        while self.steps_done < self.pace.steps:
+            started = time.perf_counter()
+            report = self.train_step()
+            seconds.append(time.perf_counter() - started)
+            directory.report_step(_record(report, seconds, self.pace.steps))
+            if self._is_due(self.pace.evaluate_every) and self.texts.validation is not None:
+                directory.report_evaluation(self._evaluation_record())
+            if self._is_due(self.pace.save_every):
+                directory.save(self.stage, self.optimizer, self.steps_done, self.pace.global_batch)
+
+    def train_step(self) -> StepReport:
+        """One optimizer step over the global batch."""
+        batches = [batch.to(self.device) for batch in self.texts.training.take(self.steps_done)]
+        counts = count(batches, self.mesh.data, self.device)
+        self.gradients.clear()
+        losses, tokens = self._run(self.pace.pipeline_schedule, batches, counts)
+        norm = self.gradients.reduce_and_norm()
+        self._require_finite(losses, norm)
+        self.gradients.clip_(norm, self.pace.clip_norm)
+        rate = learning_rate(self.steps_done, self.pace.schedule)
+        step_(self.optimizer, rate)
+        self.steps_done += 1
+        samples = self.steps_done * self.pace.global_batch
+        return StepReport(self.steps_done, samples, losses, norm, rate, tokens)
+
+    def evaluate(self) -> tuple[Losses, Counts]:
+        """Losses on the held-out part: the same samples and masks every time, without dropout."""
+        batches = self._held_out_batches()
+        counts = count(batches, self.mesh.data, self.device)
+        self.stage.eval()
+        losses, _ = self._run("forward_only", batches, counts)
+        self.stage.train()
+        return losses, counts
+
+    def _run(self, schedule: str, batches: Sequence[Batch], counts: Counts) -> tuple[Losses, int]:
+        """Walk the program; losses and number of tokens of all ranks, equal on each of them."""
+
+        def criterion(output: PretrainingLogits, batch: Batch) -> tuple[Tensor, Tensor]:
+            num_classes = self.stage.shape.vocab_size
+            return microbatch_loss(output, batch, counts, num_classes=num_classes, tensor=self.mesh.tensor)
+
+        executor = Executor(self.stage, criterion, axis=self.mesh.pipeline, device=self.device)
+        statistics = executor.run(self._program(schedule, len(batches)), batches) if batches else []
+        totals = torch.zeros(_NUM_STATISTICS + 1, dtype=torch.float64, device=self.device)
+        for values in statistics:
+            totals[:_NUM_STATISTICS] += values
+        if self.mesh.pipeline.is_last:
+            totals[_NUM_STATISTICS] = sum(batch.num_tokens for batch in batches)
+        sum_over_(sum_over_(totals, self.mesh.data), self.mesh.pipeline)
+        return losses_of_step(totals[:_NUM_STATISTICS], counts), int(totals[_NUM_STATISTICS].item())
+
+    def _program(self, schedule: str, num_microbatches: int) -> Program:
+        key = schedule, num_microbatches
+        if key not in self._programs:
+            pipeline = self.mesh.pipeline
+            self._programs[key] = programs(schedule, pipeline.size, num_microbatches)[pipeline.rank]
+        return self._programs[key]
+
+    def _held_out_batches(self) -> list[Batch]:
+        if self._held_out is None:
+            assert self.texts.validation is not None, "nothing is evaluated without a validation part"
+            batches = self.texts.validation.evaluation(self.pace.evaluation_samples)
+            self._held_out = [batch.to(self.device) for batch in batches]
+        return self._held_out
+
+    def _evaluation_record(self) -> dict[str, float | int | str]:
+        losses, counts = self.evaluate()
+        record = {"step": self.steps_done, **_loss_fields(losses), "masked": counts.masked}
+        if self.steps_done == self.pace.steps:
+            record["unigram_loss"] = self._unigram_loss(counts)
+        return record
+
+    def _unigram_loss(self, counts: Counts) -> float:
+        """What a model of word frequencies alone gets on the same targets, over all data ranks."""
+        own = count(self._held_out_batches(), Axis.alone("data"), self.device).masked
+        loss = self.texts.unigram_loss(self._held_out_batches()) if own else 0.0
+        total = torch.tensor([loss * own], dtype=torch.float64, device=self.device)
+        return sum_over_(total, self.mesh.data).item() / max(1, counts.masked)
+
+    def _is_due(self, every: int) -> bool:
+        return self.steps_done % every == 0 or self.steps_done == self.pace.steps
+
+    def _require_finite(self, losses: Losses, norm: float) -> None:
+        """Stop before the weights move; all ranks hold the same numbers and so decide alike."""
+        if math.isfinite(losses.loss) and math.isfinite(norm):
+            return
+        first = self.steps_done * self.pace.global_batch
+        raise TrainingError(
+            f"step {self.steps_done + 1}: loss {losses.loss}, gradient norm {norm}; both must be finite. The "
+            f"weights are those after step {self.steps_done}; the step's samples are {first} to "
+            f"{first + self.pace.global_batch - 1}. Lower optimizer.learning_rate, lengthen "
+            "optimizer.warmup_steps, or look at these samples"
+        )
+
+
+def _loss_fields(losses: Losses) -> dict[str, float | int | str]:
+    return {"loss": losses.loss, **asdict(losses)}
+
+
+def _record(report: StepReport, seconds: Sequence[float], steps: int) -> dict[str, float | int | str]:
+    return {
+        "step": report.step,
+        "samples": report.samples,
+        **_loss_fields(report.losses),
+        "grad_norm": report.grad_norm,
+        "learning_rate": report.learning_rate,
+        "tokens": report.tokens,
+        "tokens_per_second": report.tokens / seconds[-1],
+        "seconds": seconds[-1],
+        "seconds_left": (steps - report.step) * median(seconds[-50:]),
+    }

@@ -1,0 +1,288 @@
+"""Small models, batches that look real, and training steps on any layout whose results are joined by name."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bert_tp.data.batches import Batch
+from megatron_bert_tp.model.initialisation import initialise_
+from megatron_bert_tp.model.shape import ModelShape
+from megatron_bert_tp.model.stage import MegatronBertStage, load_
+from megatron_bert_tp.objectives.pretraining import Counts, Losses, count, losses_of_step, microbatch_loss
+from megatron_bert_tp.parallel.collectives import sum_over_
+from megatron_bert_tp.parallel.gradients import Gradients
+from megatron_bert_tp.parallel.mesh import MeshShape, ParallelMesh
+from megatron_bert_tp.parallel.sharding import Part
+from megatron_bert_tp.pipeline.executor import Executor
+from megatron_bert_tp.pipeline.partition import partition
+from megatron_bert_tp.pipeline.schedule import programs
+
+CPU = torch.device("cpu")
+TIMEOUT = timedelta(seconds=60)
+IGNORED = -100
+# Odd on purpose: 1003 words divide by no tensor size, 5 layers by no pipeline size.
+ODD_SHAPE = ModelShape(
+    vocab_size=1003,
+    hidden_size=16,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    intermediate_size=36,
+    max_position_embeddings=24,
+    type_vocab_size=2,
+    initializer_range=0.2,
+)
+# Rows of the four microbatches of a step: their lengths; the longest is the width, so two have padding.
+LENGTHS = ((13, 9, 11), (16, 16), (5, 7, 7), (24, 3, 17))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the mesh and the order of passes."""
+
+    data: int = 1
+    pipeline: int = 1
+    tensor: int = 1
+    schedule: str = "1f1b"
+
+    @property
+    def world(self) -> int:
+        return self.data * self.pipeline * self.tensor
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the curve of a run, and so everything but the layout."""
+
+    shape: ModelShape = ODD_SHAPE
+    dtype: torch.dtype = torch.float64
+    seed: int = 11
+    num_steps: int = 3
+    rate: float = 1e-4
+    clip_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of one named tensor as one rank holds it."""
+
+    name: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one rank knows after a step; losses on the last stage only."""
+
+    losses: Losses | None
+    norm: float
+    gradients: list[Piece]
+    weights: list[Piece]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of all ranks, tensors joined."""
+
+    losses: Losses
+    norm: float
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def with_dropout(shape: ModelShape, probability: float = 0.1) -> ModelShape:
+    return replace(shape, hidden_dropout_prob=probability, attention_probs_dropout_prob=probability)
+
+
+def make_batch(
+    lengths: Sequence[int], *, shape: ModelShape, first_sample: int, seed: int, has_labels: bool = True
+) -> Batch:
+    """Rows ``[CLS] A [SEP] B [SEP]`` of the given lengths, a third of the inner tokens masked."""
+    generator = np.random.default_rng((seed, first_sample))
+    width, num_rows = max(lengths), len(lengths)
+    ids = generator.integers(5, shape.vocab_size, (num_rows, width))
+    types = np.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        middle = length // 2
+        ids[row, [0, middle, length - 1]] = [2, 3, 3]
+        ids[row, length:] = shape.pad_token_id
+        types[row, middle + 1 : length] = 1
+    # The last word of the vocabulary lies beside the padding rows.
+    ids[0, 1] = shape.vocab_size - 1
+    inner = (ids >= 5) & (np.arange(width) > 0)
+    positions = np.flatnonzero(inner & (generator.random(ids.shape) < 0.33)) if has_labels else np.array([], int)
+    num_padded = -(-max(1, len(positions)) // 8) * 8
+    masked, labels = np.zeros(num_padded, int), np.full(num_padded, IGNORED)
+    masked[: len(positions)], labels[: len(positions)] = positions, ids.reshape(-1)[positions]
+    ids.reshape(-1)[positions] = 4
+    is_padded = min(lengths) < width
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        token_type_ids=torch.from_numpy(types),
+        attention_mask=torch.arange(width) < torch.tensor(lengths)[:, None] if is_padded else None,
+        sample_numbers=tuple(range(first_sample, first_sample + num_rows)),
+        masked_positions=torch.from_numpy(masked),
+        masked_labels=torch.from_numpy(labels),
+        next_sentence_labels=torch.from_numpy(generator.integers(0, 2, num_rows)),
+        num_tokens=sum(lengths),
+    )
+
+
+def batches_of_step(step: int, *, shape: ModelShape, seed: int = 5) -> list[Batch]:
+    """The four microbatches of a step; in step 1 one of them has no masked token."""
+    return [
+        make_batch(
+            lengths,
+            shape=shape,
+            first_sample=100 * step + 10 * index,
+            seed=seed,
+            has_labels=(step, index) != (1, 2),
+        )
+        for index, lengths in enumerate(LENGTHS)
+    ]
+
+
+def build_mesh(layout: Layout) -> ParallelMesh:
+    """The mesh of this rank process."""
+    shape = MeshShape.of_world(dist.get_world_size(), tensor=layout.tensor, pipeline=layout.pipeline)
+    assert shape.data == layout.data
+    return ParallelMesh.build(shape, rank=dist.get_rank(), timeout=TIMEOUT)
+
+
+def build_stage(
+    recipe: Recipe, mesh: ParallelMesh, weights: Mapping[str, Tensor] | None = None
+) -> MegatronBertStage:
+    """This rank's stage, from the seed or from whole weights."""
+    plan = partition(recipe.shape.num_hidden_layers, mesh.pipeline.size)[mesh.pipeline.rank]
+    stage = MegatronBertStage(recipe.shape, plan, axis=mesh.tensor, seed=recipe.seed, dtype=recipe.dtype)
+    if weights is None:
+        initialise_(stage, seed=recipe.seed)
+    else:
+        load_(stage, weights)
+    return stage
+
+
+def build_gradients(
+    stage: MegatronBertStage, mesh: ParallelMesh, names: Sequence[str], *, bucket_bytes: int = 8192
+) -> Gradients:
+    return Gradients(stage.parts(), names, tied=stage.tied(), mesh=mesh, bucket_bytes=bucket_bytes)
+
+
+def share_of_replica(batches: Sequence[Batch], mesh: ParallelMesh) -> list[Batch]:
+    """The microbatches of this rank's replica: a run of equal length for each."""
+    share = len(batches) // mesh.data.size
+    return list(batches[mesh.data.rank * share : (mesh.data.rank + 1) * share])
+
+
+def run_passes(
+    stage: MegatronBertStage, mesh: ParallelMesh, batches: Sequence[Batch], counts: Counts, schedule: str
+) -> list[Tensor]:
+    """Statistics per microbatch (last stage); gradients add up in the parameters."""
+
+    def criterion(output, batch):
+        num_classes = stage.shape.vocab_size
+        return microbatch_loss(output, batch, counts, num_classes=num_classes, tensor=mesh.tensor)
+
+    executor = Executor(stage, criterion, axis=mesh.pipeline, device=CPU)
+    return executor.run(programs(schedule, mesh.pipeline.size, len(batches))[mesh.pipeline.rank], batches)
+
+
+def total_losses(statistics: Sequence[Tensor], counts: Counts, mesh: ParallelMesh) -> Losses | None:
+    if not statistics:
+        return None
+    return losses_of_step(sum_over_(torch.stack(list(statistics)).sum(0), mesh.data), counts)
+
+
+def train(
+    recipe: Recipe, layout: Layout, names: Sequence[str], weights: Mapping[str, Tensor] | None = None
+) -> list[StepRecord]:
+    """Whole training on one rank: the function that the pool runs."""
+    mesh = build_mesh(layout)
+    stage = build_stage(recipe, mesh, weights)
+    gradients = build_gradients(stage, mesh, names)
+    optimizer = torch.optim.AdamW(stage.trained_parameters().values(), lr=recipe.rate, eps=1e-8)
+    records = []
+    for step in range(recipe.num_steps):
+        batches = share_of_replica(batches_of_step(step, shape=recipe.shape), mesh)
+        gradients.clear()
+        counts = count(batches, mesh.data, CPU)
+        statistics = run_passes(stage, mesh, batches, counts, layout.schedule)
+        norm = gradients.reduce_and_norm()
+        gradients.clip_(norm, recipe.clip_norm)
+        found = gradient_pieces(stage.parts())
+        optimizer.step()
+        losses = total_losses(statistics, counts, mesh)
+        records.append(StepRecord(losses, norm, found, weight_pieces(stage.parts())))
+    return records
+
+
+def piece(part: Part, like: Tensor) -> Piece:
+    values = part.view(like.detach()).clone()
+    assert tuple(values.shape) == part.local_shape
+    return Piece(part.source, part.shape, part.offsets, values)
+
+
+def gradient_pieces(parts: Iterable[Part]) -> list[Piece]:
+    return [piece(part, part.parameter.grad) for part in parts if part.parameter.grad is not None]
+
+
+def weight_pieces(parts: Iterable[Part]) -> list[Piece]:
+    return [piece(part, part.parameter) for part in parts]
+
+
+def join(pieces: Iterable[Piece]) -> dict[str, Tensor]:
+    """Whole tensors by name: every element is held by some rank, and ranks that share it agree to the bit."""
+    wholes: dict[str, Tensor] = {}
+    for piece in pieces:
+        whole = wholes.setdefault(piece.name, torch.full(piece.shape, torch.nan, dtype=piece.values.dtype))
+        window = whole[tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.values.shape, strict=True))]
+        is_new = window.isnan()
+        assert torch.equal(window[~is_new], piece.values[~is_new]), f"copies of {piece.name} differ"
+        window.copy_(piece.values)
+    for name, whole in wholes.items():
+        assert not whole.isnan().any(), f"{name} has elements that no rank holds"
+    return wholes
+
+
+def join_steps(ranks: Sequence[Sequence[StepRecord]]) -> list[Step]:
+    """The steps of all ranks as one, after checking that they agree on the losses and the norm."""
+    return [_join_step(records) for records in zip(*ranks, strict=True)]
+
+
+def _join_step(records: Sequence[StepRecord]) -> Step:
+    losses = {record.losses for record in records if record.losses is not None}
+    norms = {record.norm for record in records}
+    assert len(losses) == 1, f"last stages differ in their losses: {losses}"
+    assert len(norms) == 1, f"ranks differ in the gradient norm: {norms}"
+    gradients, weights = ([p for record in records for p in pick(record)] for pick in (_gradients, _weights))
+    return Step(losses.pop(), norms.pop(), join(gradients), join(weights))
+
+
+def _gradients(record: StepRecord) -> list[Piece]:
+    return record.gradients
+
+
+def _weights(record: StepRecord) -> list[Piece]:
+    return record.weights
+
+
+def relative_errors(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, float]:
+    """``max|a - b| / max(max|b|, 1e-3 of the largest such value)`` for every tensor."""
+    assert found.keys() == truth.keys()
+    sizes = {name: tensor.abs().max().item() for name, tensor in truth.items()}
+    floor = 1e-3 * max(sizes.values())
+    return {
+        name: (found[name].to(tensor.dtype) - tensor).abs().max().item() / max(sizes[name], floor)
+        for name, tensor in truth.items()
+    }
+
+
+def is_key_bias(name: str) -> bool:
+    """Softmax ignores what is added to all scores of a query: the gradient of this bias is rounding noise."""
+    return name.endswith("attention.self.key.bias")
