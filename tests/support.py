@@ -193,6 +193,24 @@ def run_passes(
     return executor.run(programs(schedule, mesh.pipeline.size, len(batches))[mesh.pipeline.rank], batches)
 
 
+def predict(
+    recipe: Recipe, layout: Layout, weights: Mapping[str, Tensor] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Logits of the microbatches of step 0 on this rank: masked (its rows of the vocabulary), next sentence."""
+    mesh = build_mesh(layout)
+    stage = build_stage(recipe, mesh, weights).eval()
+    batches = batches_of_step(0, shape=recipe.shape)
+    logits: list[tuple[Tensor, Tensor]] = []
+
+    def keep(output, _batch):
+        logits.append((output.masked.clone(), output.next_sentence.clone()))
+        return output.next_sentence.sum(), torch.zeros(4)
+
+    executor = Executor(stage, keep, axis=mesh.pipeline, device=CPU)
+    executor.run(programs("forward_only", mesh.pipeline.size, len(batches))[mesh.pipeline.rank], batches)
+    return logits
+
+
 def total_losses(statistics: Sequence[Tensor], counts: Counts, mesh: ParallelMesh) -> Losses | None:
     if not statistics:
         return None

@@ -1,10 +1,10 @@
 """Where checkpoints stand: step directories, the pointer to the newest, and what a killed run leaves behind.
 
-    root/
-        latest                   the name of the newest checkpoint, and nothing else
-        step_00000100/           a whole checkpoint
-        step_00000200.partial/   one that is being written, or whose run was killed
-        step_00000100.replaced/  the old one of a step that is just saved again
+root/
+    latest                   the name of the newest checkpoint, and nothing else
+    step_00000100/           a whole checkpoint
+    step_00000200.partial/   one that is being written, or whose run was killed
+    step_00000100.replaced/  the old one of a step that is just saved again
 """
 
 import re

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_bert_tp.checkpoint.durable import JSON, is_basename, read_object
+from megatron_bert_tp.checkpoint.durable import JSON, is_basename, read_object, sha256_of
 from megatron_bert_tp.checkpoint.slices import DTYPES, Slice, check_coverage
 from megatron_bert_tp.errors import CheckpointError
 
@@ -57,17 +57,42 @@ class Manifest:
 
     @classmethod
     def _from(cls, body: Mapping[str, JSON]) -> "Manifest":
-        files = {_basename(name): parse_record(value) for name, value in _object(body, "files").items()}
+        files, slices = _contents(body)
         attachments = tuple(_basename(name) for name in _list(body, "attachments"))
-        slices = tuple(parse_slice(row) for row in _list(body, "slices"))
         named = {*attachments, *(row.file for row in slices)}
         if named - files.keys():
             raise CheckpointError(f"files without size and SHA-256: {', '.join(sorted(named - files.keys()))}")
         return cls(_natural(body.get("step"), "step"), _object(body, "facts"), files, attachments, slices)
 
 
-def parse_slice(value: JSON) -> Slice:
-    """Row of the manifest from JSON; CheckpointError when a field is missing or has another type."""
+@dataclass(frozen=True)
+class Note:
+    """What one rank has written: the contribution that rank 0 merges to the manifest."""
+
+    files: Mapping[str, FileRecord]
+    slices: tuple[Slice, ...]
+
+    def dump(self) -> str:
+        """JSON text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> "Note":
+        """Note at ``path``; CheckpointError when it is damaged."""
+        return cls(*_contents(read_object(path, largest=_LARGEST, error=CheckpointError)))
+
+
+def record_of(path: Path) -> FileRecord:
+    """What the file at ``path`` looks like now."""
+    return FileRecord(path.stat().st_size, sha256_of(path))
+
+
+def _contents(body: Mapping[str, JSON]) -> tuple[dict[str, FileRecord], tuple[Slice, ...]]:
+    files = {_basename(name): _record(value) for name, value in _object(body, "files").items()}
+    return files, tuple(_slice(row) for row in _list(body, "slices"))
+
+
+def _slice(value: JSON) -> Slice:
     row = _as_object(value, "slice")
     name, dtype = row.get("name"), row.get("dtype")
     if not isinstance(name, str) or not isinstance(dtype, str) or dtype not in DTYPES:
@@ -76,8 +101,7 @@ def parse_slice(value: JSON) -> Slice:
     return Slice(name, shape, offsets, extent, dtype, _basename(row.get("file")))
 
 
-def parse_record(value: JSON) -> FileRecord:
-    """Size and SHA-256 of a file from JSON; CheckpointError when a field is missing or has another type."""
+def _record(value: JSON) -> FileRecord:
     record = _as_object(value, "file")
     sha256 = record.get("sha256")
     if not isinstance(sha256, str):

@@ -10,10 +10,8 @@
 A rank that fails goes on to the barriers before it raises, so that the others do not wait for it.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -30,17 +28,13 @@ from megatron_bert_tp.checkpoint.directories import (
 from megatron_bert_tp.checkpoint.durable import (
     JSON,
     is_basename,
-    read_object,
     readable,
-    sha256_of,
     sync,
     write_text,
 )
-from megatron_bert_tp.checkpoint.manifest import MANIFEST, FileRecord, Manifest, parse_record, parse_slice
-from megatron_bert_tp.checkpoint.slices import Rectangle, Slice, check_coverage
+from megatron_bert_tp.checkpoint.manifest import MANIFEST, FileRecord, Manifest, Note, record_of
+from megatron_bert_tp.checkpoint.slices import DTYPES, Rectangle, Slice, check_coverage
 from megatron_bert_tp.errors import CheckpointError
-
-_LARGEST_NOTE = 64 * 2**20  # bytes
 
 
 def save_checkpoint(
@@ -78,7 +72,7 @@ def save_checkpoint(
     if failure is not None:
         raise failure
     whole = step_directory(root, step)
-    if not (whole / MANIFEST).is_file() or (partial / note_name(rank)).is_file():
+    if partial.exists() or not (whole / MANIFEST).is_file():
         raise CheckpointError(f"{whole}: not saved, because another rank failed; its message says why")
     return whole
 
@@ -91,7 +85,9 @@ def prepare_directory(root: Path, step: int) -> Path:
         clear_leftovers(root)
         partial.mkdir()
     except OSError as error:
-        raise CheckpointError(f"{partial}: cannot be made ({error}); choose a folder that can be written") from error
+        raise CheckpointError(
+            f"{partial}: cannot be made ({error}); choose a folder that can be written"
+        ) from error
     return partial
 
 
@@ -101,14 +97,12 @@ def write_rectangles(partial: Path, rank: int, rectangles: Sequence[Rectangle]) 
     tensors = {row.name: given.tensor.cpu().contiguous() for row, given in zip(rows, rectangles, strict=True)}
     if len(tensors) < len(rows):
         raise CheckpointError(f"rank {rank} hands in two rectangles of one tensor; a file holds one of each")
-    check_coverage_inside(rows)
     files = {}
     if rows:
         path = partial / rows[0].file
         _write_tensors(path, tensors)
-        files[path.name] = asdict(FileRecord(path.stat().st_size, sha256_of(path)))
-    note = {"files": files, "slices": [asdict(row) for row in rows]}
-    _write_note(partial / note_name(rank), json.dumps(note))
+        files[path.name] = record_of(path)
+    _write_note(partial / note_name(rank), Note(files, tuple(rows)).dump())
 
 
 def commit_checkpoint(
@@ -153,3 +147,66 @@ def _first_failure(phases: Sequence[Callable[[], None]], barrier: Callable[[], N
                 failure = error
         barrier()
     return failure
+
+
+def _row(rectangle: Rectangle, file: str) -> Slice:
+    dtype = str(rectangle.tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{rectangle.name}: {dtype} cannot be saved; only {', '.join(DTYPES)} can")
+    extent = tuple(rectangle.tensor.shape)
+    return Slice(rectangle.name, rectangle.shape, rectangle.offsets, extent, dtype, file)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write and sync a tensor file; CheckpointError with need and free space when it does not fit."""
+    need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    try:
+        if need > shutil.disk_usage(path.parent).free:
+            raise OSError("the disk is too full")
+        save_file(tensors, path)
+        sync(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(_no_room(path, need, error)) from error
+
+
+def _no_room(path: Path, need: int, error: Exception) -> str:
+    place = next(folder for folder in path.parents if folder.exists())
+    free = readable(shutil.disk_usage(place).free)
+    return (
+        f"{path}: cannot be written: {error}; it needs {readable(need)}, and {free} are free. "
+        "Free some space, or choose another folder; the previous checkpoint is untouched"
+    )
+
+
+def _write_note(path: Path, text: str) -> None:
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise CheckpointError(_no_room(path, len(text), error)) from error
+
+
+def _collect(partial: Path, world_size: int) -> tuple[dict[str, FileRecord], list[Slice]]:
+    """Files and rows of all ranks' notes."""
+    files: dict[str, FileRecord] = {}
+    slices: list[Slice] = []
+    for rank in range(world_size):
+        path = partial / note_name(rank)
+        if not path.is_file():
+            raise CheckpointError(f"{partial}: rank {rank} could not write its part; its message says why")
+        note = Note.read(path)
+        files |= note.files
+        slices += note.slices
+    return files, slices
+
+
+def _attach(partial: Path, attachments: Mapping[str, Path]) -> dict[str, FileRecord]:
+    """Copy files in under their plain names."""
+    records = {}
+    for name, source in attachments.items():
+        target = partial / name
+        if not is_basename(name) or target.exists() or name == MANIFEST:
+            raise CheckpointError(f"{name!r} cannot be the name of a file beside the tensors of a checkpoint")
+        shutil.copyfile(source, target)
+        sync(target)
+        records[name] = record_of(target)
+    return records

@@ -52,7 +52,7 @@ def rectangles(parts: Iterable[Part], kind: str, tensor_of: Callable[[Part], Ten
     return [
         Rectangle(f"{kind}/{part.name}", part.shape, part.offsets, part.view(tensor_of(part)).detach())
         for part in parts
-        if part.is_counted_here and prod(part.local_shape)
+        if part.is_counted_here and 0 not in part.local_shape
     ]
 
 
@@ -107,7 +107,7 @@ def _check_agreement(name: str, group: Sequence[Slice]) -> None:
         raise CheckpointError(f"{name}: the rectangles disagree on shape and number format: {sorted(kinds)}")
     for row in group:
         inside = len(row.offsets) == len(row.extent) == len(row.shape) and all(
-            0 <= first and 0 < size and first + size <= whole
+            first >= 0 and size > 0 and first + size <= whole
             for first, size, whole in zip(row.offsets, row.extent, row.shape, strict=True)
         )
         if not inside:

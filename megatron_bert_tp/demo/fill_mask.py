@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_bert_tp.checkpoint.load import load_parts_
 from megatron_bert_tp.data.tokenizer import Tokenizer
 from megatron_bert_tp.formats.huggingface import HuggingFaceDirectory
 from megatron_bert_tp.model.stage import MegatronBertStage, PretrainingLogits
@@ -33,9 +34,7 @@ class FillMask:
         weights = HuggingFaceDirectory.open(directory)
         plan = partition(weights.shape.num_hidden_layers, 1)[0]
         self._stage = MegatronBertStage(weights.shape, plan, axis=Axis.alone("tensor")).eval()
-        for part in self._stage.parts():
-            values = weights.read(part.source, part.offsets, part.local_shape)
-            part.view(part.parameter.data).copy_(values)
+        load_parts_(self._stage.parts(), weights.read)
         self._tokenizer = Tokenizer.load(directory / "vocab.txt", lowercase=True)
 
     def best(self, text: str, num_words: int) -> list[list[tuple[str, float]]]:

@@ -95,6 +95,7 @@ class MegatronBertStage(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.plan, self.seed, self.dtype = shape, plan, seed, dtype
+        self.axis = axis
         self.bert = Trunk(shape, plan, axis=axis, dtype=dtype)
         if plan.is_last:
             self.cls = PretrainingHeads(shape, axis=axis, dtype=dtype)
@@ -126,7 +127,7 @@ class MegatronBertStage(nn.Module):
 
     def parts(self) -> list[Part]:
         """Every named rectangle of a tensor that this stage holds on this rank."""
-        return parts(self, tied_names(self.shape))
+        return parts(self, self.axis, tied_names(self.shape))
 
     def tied(self) -> TiedWeight | None:
         """The copies of the word embeddings here, or None when they are not tied or not on this stage."""

@@ -132,4 +132,4 @@ def _square_sum(tensor: Tensor) -> Tensor:
     # In pieces: torch's own reductions to float64 are ten times slower on CPU, and a piece this small is
     # summed by one thread, so the bits do not depend on their number.
     pieces = tensor.reshape(-1).split(_PIECE)
-    return torch.stack([piece.double().square_().sum() for piece in pieces]).sum()
+    return torch.stack([piece.to(torch.float64, copy=True).square_().sum() for piece in pieces]).sum()

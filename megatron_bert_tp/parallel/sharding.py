@@ -80,16 +80,17 @@ def padded_share(size: int, axis: Axis, *, multiple: int = 8) -> int:
     return -(-share // multiple) * multiple
 
 
-def parts(module: nn.Module, aliases: Mapping[str, str] | None = None) -> list[Part]:
-    """Every named rectangle that ``module`` holds on this rank, in the order of its parameters."""
+def parts(module: nn.Module, axis: Axis, aliases: Mapping[str, str] | None = None) -> list[Part]:
+    """Every named rectangle that ``module`` holds on this rank of ``axis``, in the order of its parameters."""
     aliases = aliases or {}
-    return [part for path, layer in module.named_modules() for part in _parts_of_layer(path, layer, aliases)]
+    return [
+        part for path, layer in module.named_modules() for part in _parts_of_layer(path, layer, axis, aliases)
+    ]
 
 
-def _parts_of_layer(path: str, layer: nn.Module, aliases: Mapping[str, str]) -> Iterator[Part]:
+def _parts_of_layer(path: str, layer: nn.Module, axis: Axis, aliases: Mapping[str, str]) -> Iterator[Part]:
     shardings: Mapping[str, Sharding] = getattr(layer, "SHARDINGS", {})
     full_shapes: Mapping[str, tuple[int, ...]] = getattr(layer, "full_shapes", {})
-    axis = getattr(layer, "axis", Axis.alone("tensor"))
     for key, parameter in layer.named_parameters(recurse=False):
         sharding = shardings.get(key, Sharding())
         shape = full_shapes.get(key, tuple(parameter.shape))

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from megatron_bert_tp.checkpoint.store import Checkpoint, check_model
-from megatron_bert_tp.checkpoint.tensors import load_rectangles_
+from megatron_bert_tp.checkpoint.load import load_parts_, load_rectangles_
+from megatron_bert_tp.checkpoint.model import check_model
+from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.formats.weights import open_weights
@@ -19,6 +20,7 @@ from megatron_bert_tp.optim.adamw import MOMENTS, AdamWNumbers, build_adamw, mom
 from megatron_bert_tp.optim.learning_rate import LinearSchedule
 from megatron_bert_tp.parallel.gradients import Gradients
 from megatron_bert_tp.parallel.mesh import ParallelMesh
+from megatron_bert_tp.parallel.sharding import Part
 from megatron_bert_tp.pipeline.partition import StagePlan, partition, stage_costs
 from megatron_bert_tp.training.processes import (
     barrier,
@@ -51,7 +53,7 @@ def pretrain(config: Config, environment: LaunchEnvironment) -> None:
             timeout=timeout,
         )
         texts = open_texts(config, mesh.data)
-        checkpoint = checkpoint_to_resume(config)
+        checkpoint = checkpoint_to_resume(config, environment)
         trainer = build_trainer(config, mesh, texts, device, checkpoint)
         prepare(config, environment)
         reporter = stack.enter_context(_reporter(config, trainer.steps_done)) if environment.is_first else None
@@ -82,7 +84,7 @@ def build_trainer(
     if checkpoint is not None:
         restart_(optimizer, checkpoint.step)
         for kind in MOMENTS:
-            load_rectangles_(stage.parts(), kind, moment_of(optimizer, kind), checkpoint)
+            load_rectangles_(_moved_parts(stage), kind, moment_of(optimizer, kind), checkpoint)
     gradients = Gradients(
         stage.parts(),
         list(tensor_shapes(shape)),
@@ -94,6 +96,12 @@ def build_trainer(
     return Trainer(
         stage, optimizer, gradients, texts, mesh=mesh, device=device, pace=_pace(config), steps_done=steps_done
     )
+
+
+def _moved_parts(stage: MegatronBertStage) -> list[Part]:
+    """Parts that the optimizer moves: a tied copy that shares its storage has no moments of its own."""
+    moved = {id(parameter) for parameter in stage.trained_parameters().values()}
+    return [part for part in stage.parts() if id(part.parameter) in moved]
 
 
 def model_shape(config: Config) -> ModelShape:
@@ -138,12 +146,9 @@ def _fill_(stage: MegatronBertStage, config: Config, checkpoint: Checkpoint | No
     """Weights of the checkpoint, else of ``model.weights``, else initial ones from the seed."""
     if checkpoint is not None:
         check_model(checkpoint, stage.shape)
-        load_rectangles_(stage.parts(), "weight", lambda part: part.parameter.data, checkpoint)
+        load_parts_(stage.parts(), checkpoint.weight)
     elif config.model.weights is not None:
-        read = open_weights(Path(config.model.weights), stage.shape)
-        for part in stage.parts():
-            whole_or_slice = read(part.source, part.offsets, part.local_shape)
-            part.view(part.parameter.data).copy_(whole_or_slice)
+        load_parts_(stage.parts(), open_weights(Path(config.model.weights), stage.shape))
     else:
         initialise_(stage, seed=config.optimizer.seed)
 
@@ -182,7 +187,7 @@ def _opening(
 ) -> str:
     parallel, mesh = config.parallel, trainer.mesh
     layers = ", ".join(str(len(plan.layers)) for plan in stage_plans(config))
-    start = f"goes on from {checkpoint.path}, step {checkpoint.step}" if checkpoint else "starts at step 0"
+    start = f"goes on from {checkpoint.directory}, step {checkpoint.step}" if checkpoint else "starts at step 0"
     if trainer.steps_done >= config.optimizer.steps:
         start += f": already finished ({config.optimizer.steps} steps)"
     return (

@@ -4,11 +4,15 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from megatron_bert_tp.checkpoint.store import Checkpoint, latest_checkpoint, save_checkpoint
-from megatron_bert_tp.checkpoint.tensors import rectangles
+from megatron_bert_tp.checkpoint.directories import latest_checkpoint
+from megatron_bert_tp.checkpoint.durable import JSON
+from megatron_bert_tp.checkpoint.read import Checkpoint
+from megatron_bert_tp.checkpoint.save import save_checkpoint
+from megatron_bert_tp.checkpoint.slices import rectangles
 from megatron_bert_tp.config.dump import to_dict, write_config
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.schema import Config
@@ -61,7 +65,7 @@ class RunDirectory:
             steps_done,
             held,
             facts=self._facts(stage, steps_done * global_batch),
-            attachments={"tokenizer": Path(self._config.data.tokenizer)},
+            attachments=self._tokenizer_file(),
             rank=self._environment.rank,
             world_size=self._environment.world_size,
             barrier=barrier,
@@ -70,10 +74,15 @@ class RunDirectory:
         self.say(f"checkpoint {path}")
         return path
 
-    def _facts(self, stage: MegatronBertStage, samples: int) -> Mapping[str, object]:
+    def _tokenizer_file(self) -> dict[str, Path]:
+        """The tokenizer goes along, so that a checkpoint can be exported by itself."""
+        path = Path(self._config.data.tokenizer)
+        return {"tokenizer.json" if path.suffix == ".json" else "vocab.txt": path}
+
+    def _facts(self, stage: MegatronBertStage, samples: int) -> Mapping[str, JSON]:
         return {
             "model": asdict(stage.shape),
-            "settings": to_dict(self._config),
+            "settings": cast(JSON, to_dict(self._config)),
             "samples": samples,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
@@ -88,8 +97,16 @@ def prepare(config: Config, environment: LaunchEnvironment) -> None:
     barrier()
 
 
-def checkpoint_to_resume(config: Config) -> Checkpoint | None:
-    """What ``run.resume`` names: the newest checkpoint of the folder, none, or the one at its path."""
+def checkpoint_to_resume(config: Config, environment: LaunchEnvironment) -> Checkpoint | None:
+    """What ``run.resume`` names, its files verified by the first rank."""
+    checkpoint = _named_checkpoint(config)
+    if checkpoint is not None and environment.is_first:
+        checkpoint.verify()
+    return checkpoint
+
+
+def _named_checkpoint(config: Config) -> Checkpoint | None:
+    """The newest checkpoint of the folder, none, or the one at the path that ``run.resume`` gives."""
     checkpoints = Path(config.run.directory) / CHECKPOINTS
     newest = latest_checkpoint(checkpoints)
     if config.run.resume == "auto":

@@ -117,7 +117,7 @@ class Trainer:
             num_classes = self.stage.shape.vocab_size
             return microbatch_loss(output, batch, counts, num_classes=num_classes, tensor=self.mesh.tensor)
 
-        executor = Executor(self.stage, criterion, axis=self.mesh.pipeline, device=self.device)
+        executor = Executor[Batch](self.stage, criterion, axis=self.mesh.pipeline, device=self.device)
         statistics = executor.run(self._program(schedule, len(batches)), batches) if batches else []
         totals = torch.zeros(_NUM_STATISTICS + 1, dtype=torch.float64, device=self.device)
         for values in statistics:

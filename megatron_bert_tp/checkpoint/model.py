@@ -1,0 +1,93 @@
+"""Which model a checkpoint is of, and whether that is the model of a run."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+
+from megatron_bert_tp.checkpoint.durable import JSON
+from megatron_bert_tp.checkpoint.read import Checkpoint
+from megatron_bert_tp.errors import CheckpointError, MegatronBertError
+from megatron_bert_tp.model.shape import ModelShape, tensor_shapes
+
+MODEL = "model"
+"""Fact under which the numbers of the model stand: a `ModelShape` as an object."""
+_FREE = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}
+_KINDS: dict[object, str] = {int: "a whole number in the possible range", float: "a number", bool: "true or false"}
+_LARGEST = 2**31  # of any size
+_LARGEST_DEPTH = 10_000  # layers; names are listed for each before anything is compared
+
+
+def check_model(checkpoint: Checkpoint, shape: ModelShape) -> None:
+    """CheckpointError, with the numbers that differ, unless the checkpoint is of the model ``shape``.
+
+    Dropout probabilities and the initializer range may differ.
+    """
+    differing = differences(shape_of(checkpoint), shape)
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint.directory}: the checkpoint is of another model than the settings:\n{differing}\n"
+            "set these to the checkpoint's values, or give another checkpoint"
+        )
+    check_tensors(checkpoint, shape)
+
+
+def shape_of(checkpoint: Checkpoint) -> ModelShape:
+    """The model of a checkpoint; CheckpointError when its facts do not say it."""
+    model = checkpoint.facts.get(MODEL)
+    if not isinstance(model, Mapping):
+        raise CheckpointError(f"{checkpoint.directory}: its facts do not say the model; was it saved by a run?")
+    return parse_shape(model, source=str(checkpoint.directory), error=CheckpointError)
+
+
+def parse_shape(values: Mapping[str, JSON], *, source: str, error: type[MegatronBertError]) -> ModelShape:
+    """`ModelShape` from JSON; raises ``error`` that lists all missing and impossible numbers."""
+    kinds = {field.name: field.type for field in fields(ModelShape)}
+    problems = [
+        f"  {name}: {values[name]!r} is not {_KINDS[kind]}" if name in values else f"  {name}: is missing"
+        for name, kind in kinds.items()
+        if name not in values or not _is_possible(name, values[name], kind)
+    ]
+    if problems:
+        raise error("\n".join([f"{source}: does not describe a MegatronBert:", *problems]))
+    shape = ModelShape(**{name: values[name] for name in kinds})  # type: ignore[arg-type]
+    if shape.hidden_size % shape.num_attention_heads or shape.pad_token_id >= shape.vocab_size:
+        raise error(
+            f"{source}: hidden_size ({shape.hidden_size}) must be a multiple of num_attention_heads "
+            f"({shape.num_attention_heads}), and pad_token_id ({shape.pad_token_id}) below vocab_size "
+            f"({shape.vocab_size})"
+        )
+    return shape
+
+
+def differences(there: ModelShape, here: ModelShape) -> str:
+    """One line for each number that makes them different models; empty when none does."""
+    saved, wanted = asdict(there), asdict(here)
+    return "\n".join(
+        f"  model.{name}: {saved[name]} there, {wanted[name]} in the settings"
+        for name in wanted
+        if name not in _FREE and saved[name] != wanted[name]
+    )
+
+
+def check_tensors(checkpoint: Checkpoint, shape: ModelShape) -> None:
+    """CheckpointError unless the weights have the names and shapes that the model says."""
+    found, expected = checkpoint.shapes("weight"), tensor_shapes(shape)
+    lines = [
+        f"  {name}: {found.get(name, 'missing')}, should be {expected.get(name, 'absent')}"
+        for name in sorted({*found, *expected})
+        if found.get(name) != expected.get(name)
+    ]
+    if lines:
+        more = [f"  and {len(lines) - 10} more"] if len(lines) > 10 else []
+        raise CheckpointError(
+            "\n".join([f"{checkpoint.directory}: its weights are not of its model:", *lines[:10], *more])
+        )
+
+
+def _is_possible(name: str, value: JSON, kind: object) -> bool:
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, int | float) and value >= 0
+    smallest = 0 if name == "pad_token_id" else 1
+    largest = _LARGEST_DEPTH if name == "num_hidden_layers" else _LARGEST
+    return isinstance(value, int) and smallest <= value <= largest

@@ -1,0 +1,152 @@
+"""Reading a checkpoint: any rectangle of any tensor, from whichever files hold it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_bert_tp.checkpoint.directories import find_checkpoint
+from megatron_bert_tp.checkpoint.durable import JSON, readable, sha256_of
+from megatron_bert_tp.checkpoint.manifest import MANIFEST, Manifest
+from megatron_bert_tp.checkpoint.slices import DTYPES, Slice, by_name, end_of, intersection
+from megatron_bert_tp.errors import CheckpointError
+
+
+class Reader(Protocol):
+    """Source of weights: the rectangle of size ``extent`` at ``offsets`` of the tensor ``name``."""
+
+    def __call__(self, name: str, offsets: tuple[int, ...], extent: tuple[int, ...]) -> Tensor:
+        """Tensor of shape ``extent`` on the CPU."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on the disk, of which nothing but the manifest is in memory."""
+
+    directory: Path
+    manifest: Manifest
+    _handles: dict[str, safe_open] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Checkpoint at ``path``, or the newest in a folder of checkpoints or of a run.
+
+        Checks the manifest and the size of every file; CheckpointError names what is wrong.
+        """
+        directory = find_checkpoint(path)
+        checkpoint = cls(directory, Manifest.read(directory / MANIFEST))
+        checkpoint._check_sizes()
+        return checkpoint
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that were done."""
+        return self.manifest.step
+
+    @property
+    def facts(self) -> Mapping[str, JSON]:
+        """What the run wrote down beside the tensors."""
+        return self.manifest.facts
+
+    @property
+    def attachments(self) -> dict[str, Path]:
+        """Path of every file that went along, by its name."""
+        return {name: self.directory / name for name in self.manifest.attachments}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(record.size for record in self.manifest.files.values())
+
+    @cached_property
+    def _rows(self) -> dict[str, list[Slice]]:
+        return by_name(self.manifest.slices)
+
+    def verify(self) -> None:
+        """Read every file and compare its SHA-256; CheckpointError names the first damaged one."""
+        for name, record in self.manifest.files.items():
+            if sha256_of(self.directory / name) != record.sha256:
+                raise CheckpointError(
+                    f"{self.directory / name}: its content does not fit the SHA-256 in {MANIFEST}; the file is "
+                    "damaged, use another checkpoint"
+                )
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """Whole shape of every tensor of a kind (``weight``, ``exp_avg``, ...), by name without the kind."""
+        prefix = f"{kind}/"
+        return {
+            name.removeprefix(prefix): rows[0].shape
+            for name, rows in self._rows.items()
+            if name.startswith(prefix)
+        }
+
+    def read(self, name: str, offsets: tuple[int, ...], extent: tuple[int, ...]) -> Tensor:
+        """Rectangle of the tensor ``kind/name``, put together from the files, of which no more is read."""
+        rows = self._rows.get(name)
+        if rows is None:
+            raise CheckpointError(f"{self.directory}: has no tensor {name}")
+        _check_inside(name, rows[0].shape, offsets, extent)
+        end = end_of(offsets, extent)
+        pieces = [
+            (overlap, self._piece(row, *overlap)) for row in rows if (overlap := intersection(offsets, end, row))
+        ]
+        whole = torch.empty(extent, dtype=DTYPES[rows[0].dtype])
+        for (begin, stop), piece in pieces:
+            whole[_window(begin, stop, offsets)] = piece
+        return whole
+
+    def weight(self, name: str, offsets: tuple[int, ...], extent: tuple[int, ...]) -> Tensor:
+        """Rectangle of a weight by its Hugging Face name (a `Reader`)."""
+        return self.read(f"weight/{name}", offsets, extent)
+
+    def _piece(self, row: Slice, begin: tuple[int, ...], end: tuple[int, ...]) -> Tensor:
+        """What lies from ``begin`` to ``end`` of the whole tensor, all of it in ``row``."""
+        path = self.directory / row.file
+        try:
+            if row.file not in self._handles:
+                self._handles[row.file] = safe_open(path, framework="pt")
+            stored = self._handles[row.file].get_slice(row.name)
+            shape = tuple(stored.get_shape())
+            piece: Tensor = stored[_window(begin, end, row.offsets)] if shape else stored[...]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: {row.name} cannot be read: {error}; the file is damaged") from error
+        if shape != row.extent or piece.dtype != DTYPES[row.dtype]:
+            raise CheckpointError(
+                f"{path}: {row.name} is {shape} {piece.dtype}, but {MANIFEST} says {row.extent} {row.dtype}; "
+                "the file belongs to another checkpoint"
+            )
+        return piece
+
+    def _check_sizes(self) -> None:
+        for name, record in self.manifest.files.items():
+            path = self.directory / name
+            if not path.is_file():
+                raise CheckpointError(f"{path}: is missing; {MANIFEST} lists it, use another checkpoint")
+            size = path.stat().st_size
+            if size != record.size:
+                raise CheckpointError(
+                    f"{path}: has {size} bytes, but {MANIFEST} says {record.size} ({readable(record.size)}); the "
+                    "file is damaged or cut off, use another checkpoint"
+                )
+
+
+def _window(begin: tuple[int, ...], end: tuple[int, ...], origin: tuple[int, ...]) -> tuple[slice, ...]:
+    """Index of a rectangle of the whole tensor inside a part of it that begins at ``origin``."""
+    return tuple(slice(first - zero, last - zero) for first, last, zero in zip(begin, end, origin, strict=True))
+
+
+def _check_inside(name: str, shape: tuple[int, ...], offsets: tuple[int, ...], extent: tuple[int, ...]) -> None:
+    fits = len(offsets) == len(extent) == len(shape) and all(
+        first >= 0 and size >= 0 and first + size <= whole
+        for first, size, whole in zip(offsets, extent, shape, strict=True)
+    )
+    if not fits:
+        raise CheckpointError(
+            f"{name}: the rectangle at {offsets} of size {extent} does not lie inside its shape {shape}; the "
+            "checkpoint is of another model"
+        )
