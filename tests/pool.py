@@ -31,7 +31,9 @@ def _serve(pipe: Connection) -> None:
         pipe.send_bytes(pickle.dumps(answer))
 
 
-def _run_as_rank(rank: int, size: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _run_as_rank(
+    rank: int, size: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Any:
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=GROUP_TIMEOUT
     )

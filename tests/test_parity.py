@@ -58,15 +58,25 @@ def build_transformers_model(shape: ModelShape):
     return model.train()
 
 
-def fill_at_random_(model, shape: ModelShape) -> dict[str, Tensor]:
+def parameters_by_name(model, shape: ModelShape) -> dict[str, Tensor]:
+    """Parameters under the names of this package's tensors.
+
+    With untied embeddings `transformers` unties the two names of the decoder's bias as well, and the model then
+    computes with ``decoder.bias`` and leaves ``cls.predictions.bias`` without use.
+    """
+    parameters = dict(model.named_parameters())
+    if not shape.tie_word_embeddings:
+        parameters["cls.predictions.bias"] = parameters["cls.predictions.decoder.bias"]
+    return {name: parameters[name] for name in tensor_shapes(shape)}
+
+
+def fill_at_random_(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """Random values in every tensor, biases and LayerNorms too; returns a copy by name."""
     torch.manual_seed(3)
-    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name in tensor_shapes(shape):
-            centre = 1.0 if name.endswith(("ln.weight", "LayerNorm.weight")) else 0.0
-            parameters[name].normal_(centre, 0.2)
-    return {name: parameters[name].detach().clone() for name in tensor_shapes(shape)}
+        for name, parameter in parameters.items():
+            parameter.normal_(1.0 if name.endswith(("ln.weight", "LayerNorm.weight")) else 0.0, 0.2)
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 def as_one_batch(batches: list[Batch]) -> dict[str, Tensor]:
@@ -91,9 +101,9 @@ def as_one_batch(batches: list[Batch]) -> dict[str, Tensor]:
 
 def run_reference(recipe: Recipe) -> Reference:
     model = build_transformers_model(recipe.shape)
-    initial = fill_at_random_(model, recipe.shape)
+    parameters = parameters_by_name(model, recipe.shape)
+    initial = fill_at_random_(parameters)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, eps=1e-8)
-    parameters = {name: dict(model.named_parameters())[name] for name in initial}
     losses, gradients, key_bias = [], [], []
     for step in range(recipe.num_steps):
         batch = as_one_batch(batches_of_step(step, shape=recipe.shape))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -47,6 +48,16 @@ def readable(num_bytes: int) -> str:
         if num_bytes >= 10**exponent:
             return f"{num_bytes / 10**exponent:.1f} {unit}"
     return f"{num_bytes} bytes"
+
+
+def no_room(path: Path, need: int, error: Exception) -> str:
+    """Message for a file or directory of ``need`` bytes that could not be written."""
+    place = next(folder for folder in path.absolute().parents if folder.exists())
+    free = readable(shutil.disk_usage(place).free)
+    return (
+        f"{path}: cannot be written: {error}; it needs {readable(need)}, and {free} are free. "
+        "Free some space, or choose another folder; what stood there before is untouched"
+    )
 
 
 def is_basename(name: object) -> bool:

@@ -28,7 +28,7 @@ from megatron_bert_tp.checkpoint.directories import (
 from megatron_bert_tp.checkpoint.durable import (
     JSON,
     is_basename,
-    readable,
+    no_room,
     sync,
     write_text,
 )
@@ -166,23 +166,14 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, path)
         sync(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(_no_room(path, need, error)) from error
-
-
-def _no_room(path: Path, need: int, error: Exception) -> str:
-    place = next(folder for folder in path.parents if folder.exists())
-    free = readable(shutil.disk_usage(place).free)
-    return (
-        f"{path}: cannot be written: {error}; it needs {readable(need)}, and {free} are free. "
-        "Free some space, or choose another folder; the previous checkpoint is untouched"
-    )
+        raise CheckpointError(no_room(path, need, error)) from error
 
 
 def _write_note(path: Path, text: str) -> None:
     try:
         write_text(path, text)
     except OSError as error:
-        raise CheckpointError(_no_room(path, len(text), error)) from error
+        raise CheckpointError(no_room(path, len(text), error)) from error
 
 
 def _collect(partial: Path, world_size: int) -> tuple[dict[str, FileRecord], list[Slice]]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_bert_tp.model.shape import ModelShape
-from megatron_bert_tp.parallel.linear import QueryKeyValueLinear, RowParallelLinear, share_of
+from megatron_bert_tp.parallel.linear import QueryKeyValueLinear, RowParallelLinear, load_blocks_of, share_of
 from megatron_bert_tp.parallel.mesh import Axis
 from megatron_bert_tp.parallel.random_bits import (
     Place,
@@ -99,6 +99,7 @@ class SelfAttention(nn.Module):
         self.query_key_value = QueryKeyValueLinear(
             shape.hidden_size, shape.hidden_size, axis=axis, dtype=dtype
         )
+        load_blocks_of(self, "query_key_value")
 
     def forward(self, x: Tensor, padding: Tensor | None, bits: RandomBits | None) -> Tensor:
         """``[batch, sequence, hidden]`` to ``[batch, sequence, hidden / size]``: this rank's heads in a row."""

@@ -1,5 +1,6 @@
 """Linear layers whose weights are split over the tensor axis (Shoeybi et al. 2019, section 3)."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -107,7 +108,6 @@ class QueryKeyValueLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(share, in_features, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(share, dtype=dtype))
         self.register_state_dict_post_hook(_name_blocks)
-        self.register_load_state_dict_pre_hook(_join_blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to this rank's ``[..., 3 * out / size]``."""
@@ -127,12 +127,20 @@ def _name_blocks(_module: nn.Module, state: dict[str, Any], prefix: str, _metada
         state.update(zip(_block_keys(prefix, key), fused.chunk(len(QueryKeyValueLinear.BLOCKS)), strict=True))
 
 
-def _join_blocks(_module: nn.Module, state: dict[str, Any], prefix: str, *_rest: object) -> None:
-    """`load_state_dict` hook: the inverse of `_name_blocks`; missing blocks are reported as missing."""
+def load_blocks_of(parent: nn.Module, child: str) -> None:
+    """Let ``parent.load_state_dict`` take the blocks of its `QueryKeyValueLinear` called ``child``.
+
+    torch hands a module only the keys below its own name, and the blocks stand beside it: so the parent joins
+    them.  Missing blocks are reported as missing.
+    """
+    parent.register_load_state_dict_pre_hook(partial(_join_blocks, child))
+
+
+def _join_blocks(child: str, _module: nn.Module, state: dict[str, Any], prefix: str, *_rest: object) -> None:
     for key in ("weight", "bias"):
-        names = _block_keys(prefix, key)
+        names = _block_keys(f"{prefix}{child}.", key)
         if all(name in state for name in names):
-            state[prefix + key] = torch.cat([state.pop(name) for name in names])
+            state[f"{prefix}{child}.{key}"] = torch.cat([state.pop(name) for name in names])
 
 
 class RowParallelLinear(nn.Module):

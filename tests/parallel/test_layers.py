@@ -200,13 +200,3 @@ def test_vocabulary_rows_of_all_ranks_are_the_vocabulary(size):
                     rows.setdefault(part.name, []).extend(range(part.start, part.start + part.length))
         assert rows
         assert all(found == list(range(VOCABULARY)) for found in rows.values())
-
-
-def test_state_dict_knows_query_key_and_value_and_loads_back():
-    layer = nn.ModuleDict({"fused": QueryKeyValueLinear(4, 6, axis=Axis.alone("tensor"), dtype=FLOAT64)})
-    nn.init.normal_(layer["fused"].weight)
-    state = layer.state_dict()
-    assert sorted(state) == sorted(f"{b}.{k}" for b in ("query", "key", "value") for k in ("weight", "bias"))
-    fresh = nn.ModuleDict({"fused": QueryKeyValueLinear(4, 6, axis=Axis.alone("tensor"), dtype=FLOAT64)})
-    fresh.load_state_dict(state)
-    assert torch.equal(fresh["fused"].weight, layer["fused"].weight)

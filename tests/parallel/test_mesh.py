@@ -25,7 +25,8 @@ def test_places_are_the_world(shape):
 @pytest.mark.parametrize("name", ["data", "pipeline", "tensor"])
 def test_lines_of_an_axis_are_a_partition_of_the_world(shape, name):
     lines = list(shape.lines(name))
-    assert sorted(rank for line in lines for rank in line) == list(range(shape.pipeline * shape.data * shape.tensor))
+    world = shape.pipeline * shape.data * shape.tensor
+    assert sorted(rank for line in lines for rank in line) == list(range(world))
     assert {len(line) for line in lines} == {getattr(shape, name)}
 
 

@@ -1,0 +1,74 @@
+"""Small models saved at simulated layouts: every rank's part of the work is done in this one process."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from megatron_bert_tp.checkpoint.directories import partial_directory
+from megatron_bert_tp.checkpoint.save import commit_checkpoint, prepare_directory, write_rectangles
+from megatron_bert_tp.checkpoint.slices import Rectangle, rectangles
+from megatron_bert_tp.model.initialisation import initialise_
+from megatron_bert_tp.model.shape import ModelShape
+from megatron_bert_tp.model.stage import MegatronBertStage
+from megatron_bert_tp.parallel.mesh import Axis
+from megatron_bert_tp.parallel.sharding import Part
+from megatron_bert_tp.pipeline.partition import partition
+
+ODD = ModelShape(1003, 16, 5, 4, 32, 16, 2)  # 1003 entries pad on tensor 2 and 4; 5 layers split 3 + 2
+TINY = ModelShape(9, 8, 1, 4, 8, 8, 2)  # on tensor 4, two ranks have no row of the vocabulary
+
+
+def stages(shape: ModelShape, *, tensor: int = 1, pipeline: int = 1, seed: int = 3) -> list[MegatronBertStage]:
+    """Stage of every rank, with initial weights."""
+    made = []
+    for plan in partition(shape.num_hidden_layers, pipeline):
+        for rank in range(tensor):
+            axis = Axis("tensor", tuple(range(tensor)), rank)
+            made.append(MegatronBertStage(shape, plan, axis=axis))
+            initialise_(made[-1], seed=seed)
+    return made
+
+
+def held(stage: MegatronBertStage, kinds: tuple[str, ...] = ("weight",)) -> list[Rectangle]:
+    """What a rank hands in; moments are made from the weights so that every value is told apart."""
+    return [part for kind in kinds for part in rectangles(stage.parts(), kind, moment(kind))]
+
+
+def moment(kind: str) -> Callable[[Part], torch.Tensor]:
+    factor = {"weight": 1, "exp_avg": 2, "exp_avg_sq": 3}[kind]
+    return lambda part: part.parameter.detach() * factor
+
+
+def save(
+    root: Path,
+    shape: ModelShape,
+    step: int = 1,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    kinds: tuple[str, ...] = ("weight",),
+    attachments: dict[str, Path] | None = None,
+    facts: dict[str, object] | None = None,
+    keep_last: int = 2,
+    seed: int = 3,
+) -> Path:
+    """Checkpoint of a model with initial weights, written by tensor x pipeline ranks one after another."""
+    prepare_directory(root, step)
+    ranks = stages(shape, tensor=tensor, pipeline=pipeline, seed=seed)
+    for rank, stage in enumerate(ranks):
+        write_rectangles(partial_directory(root, step), rank, held(stage, kinds))
+    return commit_checkpoint(
+        root,
+        step,
+        len(ranks),
+        facts={"model": asdict(shape), **(facts or {})},
+        attachments=attachments or {},
+        keep_last=keep_last,
+    )
+
+
+def whole(read: Callable[..., torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Whole tensors from a reader."""
+    return {name: read(name, (0,) * len(size), size) for name, size in shapes.items()}

@@ -1,0 +1,123 @@
+"""What a user gets wrong ends in one clear message: the rule, the value, the way out, and exit code 2."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training.runs import make_data, pretrain
+
+
+@pytest.fixture
+def broken(tmp_path) -> Path:
+    """A folder of data of its own, to break."""
+    make_data(tmp_path)
+    return tmp_path
+
+
+def message(settings: Path, *overrides: object) -> str:
+    """Error of a run that must fail fast, told without a traceback."""
+    started = time.monotonic()
+    done = pretrain(settings, *overrides)
+    assert time.monotonic() - started < 30
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_missing_corpus_is_named_with_the_command_that_makes_it(broken):
+    (broken / "corpus.idx").unlink()
+    text = message(broken / "config.yaml")
+    assert str(broken / "corpus.idx") in text
+    assert "preprocess" in text
+
+
+def test_an_empty_corpus_is_refused(broken):
+    (broken / "corpus.bin").write_bytes(b"")
+    (broken / "corpus.json").unlink()
+    assert "corpus" in message(broken / "config.yaml")
+
+
+def test_a_corpus_without_two_sentences_in_a_document_is_refused_at_once(tmp_path):
+    make_data(tmp_path, sentences=(1, 2))
+    text = message(tmp_path / "config.yaml")
+    assert "two sentences" in text
+    assert "blank line" in text or "document" in text
+
+
+def test_a_token_outside_the_vocabulary_is_named(broken):
+    text = message(broken / "config.yaml", "model.vocab_size=99", "data.tokenizer=" + short_vocabulary(broken))
+    assert "corpus" in text
+
+
+def short_vocabulary(folder: Path) -> str:
+    lines = (folder / "vocab.txt").read_text().splitlines()[:50]
+    (folder / "short.txt").write_text("".join(f"{line}\n" for line in lines))
+    return str(folder / "short.txt")
+
+
+def test_ids_beyond_vocab_size_are_named_with_sentence_and_id(broken):
+    # The facts beside the corpus would notice another tokenizer first.
+    (broken / "corpus.json").unlink()
+    short_vocabulary(broken)
+    text = message(broken / "config.yaml", "model.vocab_size=50", f"data.tokenizer={broken}/short.txt")
+    assert "0..49" in text
+    assert "sentence" in text
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(broken):
+    text = message(broken / "config.yaml", "model.vocab_size=60")
+    assert "model.vocab_size=99" in text
+
+
+def test_a_vocabulary_without_mask_is_refused(broken):
+    lines = (broken / "vocab.txt").read_text().replace("[MASK]", "mask")
+    (broken / "vocab.txt").write_text(lines)
+    text = message(broken / "config.yaml")
+    assert "[MASK]" in text
+    assert "vocab.txt" in text
+
+
+def test_a_checkpoint_of_another_model_size_is_refused_with_the_numbers(data, finished_run):
+    text = message(data, f"run.directory={finished_run}", "model.hidden_size=64", "run.resume=auto")
+    assert "hidden_size" in text
+    assert "32" in text
+    assert "64" in text
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(data, finished_run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished_run, copy)
+    victim = next((copy / "checkpoints" / "step_00000020").glob("*.safetensors"))
+    content = bytearray(victim.read_bytes())
+    content[-5] ^= 1
+    victim.write_bytes(content)
+    assert victim.name in message(data, f"run.directory={copy}")
+
+
+def test_a_missing_checkpoint_is_named(data, tmp_path):
+    text = message(data, f"run.directory={tmp_path}/run", f"run.resume={tmp_path}/nothing")
+    assert str(tmp_path / "nothing") in text
+
+
+def test_missing_weights_are_named(data, tmp_path):
+    text = message(data, f"run.directory={tmp_path}/run", f"model.weights={tmp_path}/nothing")
+    assert str(tmp_path / "nothing") in text
+
+
+def test_a_wrong_world_size_is_told_once_under_torchrun(data, tmp_path):
+    done = pretrain(data, f"run.directory={tmp_path}/run", "parallel.tensor=4", processes=3)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "multiple" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_move(data, tmp_path):
+    done = pretrain(data, f"run.directory={tmp_path}/run", "optimizer.learning_rate=1e30", "optimizer.clip_norm=0")
+    assert done.returncode == 2
+    assert "must be finite" in done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["loss"] == row["loss"] for row in rows)

@@ -1,0 +1,84 @@
+"""20 steps equal 10, a resume, and 10 more: bit for bit at the same layout."""
+
+import torch
+
+from megatron_bert_tp.checkpoint.read import Checkpoint
+from tests.training.runs import pretrain, records, succeeded, without_times
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+SAME_LAYOUT = ("parallel.tensor=2", "parallel.pipeline=2")
+
+
+def tensors(checkpoint):
+    return {
+        f"{kind}/{name}": checkpoint.read(f"{kind}/{name}", (0,) * len(shape), shape)
+        for kind in KINDS
+        for name, shape in checkpoint.shapes(kind).items()
+    }
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(data, finished_run, tmp_path):
+    middle = finished_run / "checkpoints" / "step_00000010"
+    # An epoch has about 40 samples: 10 steps of 8 end inside the second, 20 inside a later one.
+    resumed = tmp_path / "resumed"
+    output = succeeded(
+        pretrain(data, f"run.directory={resumed}", f"run.resume={middle}", *SAME_LAYOUT, processes=4)
+    )
+    assert "step 10" in output
+    assert without_times(records(resumed, "step")) == without_times(records(finished_run, "step"))[10:]
+    assert records(resumed, "evaluation") == records(finished_run, "evaluation")[1:]
+    whole, again = tensors(Checkpoint.open(finished_run)), tensors(Checkpoint.open(resumed))
+    assert whole.keys() == again.keys()
+    assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
+def test_the_resume_point_lies_inside_an_epoch(data):
+    # Guards the test above: 80 and 160 samples must not be whole epochs.
+    from megatron_bert_tp.config.load import load_config
+    from megatron_bert_tp.parallel.mesh import Axis
+    from megatron_bert_tp.training.texts import open_texts
+
+    num_samples = open_texts(load_config(data), Axis.alone("data")).training.num_samples_per_epoch
+    assert num_samples < 80
+    assert 80 % num_samples != 0
+    assert 160 % num_samples != 0
+
+
+def test_a_checkpoint_resumes_in_one_process_with_the_same_curve(data, finished_run, tmp_path):
+    middle = finished_run / "checkpoints" / "step_00000010"
+    alone = tmp_path / "alone"
+    succeeded(pretrain(data, f"run.directory={alone}", f"run.resume={middle}"))
+    for here, there in zip(records(alone, "step"), records(finished_run, "step")[10:], strict=True):
+        assert here["samples"] == there["samples"]
+        assert here["learning_rate"] == there["learning_rate"]
+        # Rounding of float32 sums at another layout, 1e-7 a step relative, grown by ten AdamW steps of 1e-2.
+        assert abs(here["loss"] - there["loss"]) < 1e-3
+
+
+def test_a_finished_run_says_so_and_trains_no_further(data, finished_run):
+    before = (finished_run / "metrics.jsonl").read_bytes()
+    output = succeeded(pretrain(data, f"run.directory={finished_run}", *SAME_LAYOUT, processes=4))
+    assert "already finished" in output
+    assert (finished_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_records_after_the_checkpoint_are_cut_off_when_their_steps_run_again(tmp_path):
+    from megatron_bert_tp.training.progress import MetricsFile, read_records
+
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, steps_done=0)
+    for step in range(1, 6):
+        first.write({"kind": "step", "step": step})
+    first.close()
+    with path.open("a") as file:
+        file.write('{"kind": "step", "st')
+    second = MetricsFile(path, steps_done=3)
+    second.write({"kind": "step", "step": 4})
+    second.close()
+    assert [record["step"] for record in read_records(path)] == [1, 2, 3, 4]
+
+
+def test_never_refuses_to_replace_the_checkpoints_of_another_run(data, finished_run):
+    done = pretrain(data, f"run.directory={finished_run}", "run.resume=never")
+    assert done.returncode == 2
+    assert "run.resume=auto" in done.stderr
