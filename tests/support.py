@@ -1,6 +1,6 @@
-"""Small models, batches that look real, and training steps on any layout whose results are joined by name."""
+"""Small models, batches that look real, and training steps on any layout."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -17,10 +17,10 @@ from megatron_bert_tp.objectives.pretraining import Counts, Losses, count, losse
 from megatron_bert_tp.parallel.collectives import sum_over_
 from megatron_bert_tp.parallel.gradients import Gradients
 from megatron_bert_tp.parallel.mesh import MeshShape, ParallelMesh
-from megatron_bert_tp.parallel.sharding import Part
 from megatron_bert_tp.pipeline.executor import Executor
 from megatron_bert_tp.pipeline.partition import partition
 from megatron_bert_tp.pipeline.schedule import programs
+from tests.comparison import StepRecord, gradient_pieces, weight_pieces
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(seconds=60)
@@ -64,36 +64,6 @@ class Recipe:
     num_steps: int = 3
     rate: float = 1e-4
     clip_norm: float = 0.0
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A rectangle of one named tensor as one rank holds it."""
-
-    name: str
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    values: Tensor
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one rank knows after a step; losses on the last stage only."""
-
-    losses: Losses | None
-    norm: float
-    gradients: list[Piece]
-    weights: list[Piece]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of all ranks, tensors joined."""
-
-    losses: Losses
-    norm: float
-    gradients: dict[str, Tensor]
-    weights: dict[str, Tensor]
 
 
 def with_dropout(shape: ModelShape, probability: float = 0.1) -> ModelShape:
@@ -238,69 +208,3 @@ def train(
         losses = total_losses(statistics, counts, mesh)
         records.append(StepRecord(losses, norm, found, weight_pieces(stage.parts())))
     return records
-
-
-def piece(part: Part, like: Tensor) -> Piece:
-    values = part.view(like.detach()).clone()
-    assert tuple(values.shape) == part.local_shape
-    return Piece(part.source, part.shape, part.offsets, values)
-
-
-def gradient_pieces(parts: Iterable[Part]) -> list[Piece]:
-    return [piece(part, part.parameter.grad) for part in parts if part.parameter.grad is not None]
-
-
-def weight_pieces(parts: Iterable[Part]) -> list[Piece]:
-    return [piece(part, part.parameter) for part in parts]
-
-
-def join(pieces: Iterable[Piece]) -> dict[str, Tensor]:
-    """Whole tensors by name: every element is held by some rank, and ranks that share it agree to the bit."""
-    wholes: dict[str, Tensor] = {}
-    for piece in pieces:
-        whole = wholes.setdefault(piece.name, torch.full(piece.shape, torch.nan, dtype=piece.values.dtype))
-        window = whole[tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.values.shape, strict=True))]
-        is_new = window.isnan()
-        assert torch.equal(window[~is_new], piece.values[~is_new]), f"copies of {piece.name} differ"
-        window.copy_(piece.values)
-    for name, whole in wholes.items():
-        assert not whole.isnan().any(), f"{name} has elements that no rank holds"
-    return wholes
-
-
-def join_steps(ranks: Sequence[Sequence[StepRecord]]) -> list[Step]:
-    """The steps of all ranks as one, after checking that they agree on the losses and the norm."""
-    return [_join_step(records) for records in zip(*ranks, strict=True)]
-
-
-def _join_step(records: Sequence[StepRecord]) -> Step:
-    losses = {record.losses for record in records if record.losses is not None}
-    norms = {record.norm for record in records}
-    assert len(losses) == 1, f"last stages differ in their losses: {losses}"
-    assert len(norms) == 1, f"ranks differ in the gradient norm: {norms}"
-    gradients, weights = ([p for record in records for p in pick(record)] for pick in (_gradients, _weights))
-    return Step(losses.pop(), norms.pop(), join(gradients), join(weights))
-
-
-def _gradients(record: StepRecord) -> list[Piece]:
-    return record.gradients
-
-
-def _weights(record: StepRecord) -> list[Piece]:
-    return record.weights
-
-
-def relative_errors(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, float]:
-    """``max|a - b| / max(max|b|, 1e-3 of the largest such value)`` for every tensor."""
-    assert found.keys() == truth.keys()
-    sizes = {name: tensor.abs().max().item() for name, tensor in truth.items()}
-    floor = 1e-3 * max(sizes.values())
-    return {
-        name: (found[name].to(tensor.dtype) - tensor).abs().max().item() / max(sizes[name], floor)
-        for name, tensor in truth.items()
-    }
-
-
-def is_key_bias(name: str) -> bool:
-    """Softmax ignores what is added to all scores of a query: the gradient of this bias is rounding noise."""
-    return name.endswith("attention.self.key.bias")

@@ -6,17 +6,8 @@ import pytest
 import torch
 
 from megatron_bert_tp.model.shape import tensor_shapes
-from tests.support import (
-    ODD_SHAPE,
-    Layout,
-    Recipe,
-    Step,
-    is_key_bias,
-    join_steps,
-    relative_errors,
-    train,
-    with_dropout,
-)
+from tests.comparison import Step, is_key_bias, join_steps, relative_errors
+from tests.support import ODD_SHAPE, Layout, Recipe, train, with_dropout
 
 RECIPE = Recipe(shape=with_dropout(ODD_SHAPE), clip_norm=0.5)
 UNTIED = replace(RECIPE, shape=replace(RECIPE.shape, tie_word_embeddings=False))

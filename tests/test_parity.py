@@ -11,18 +11,8 @@ from torch import Tensor
 
 from megatron_bert_tp.data.batches import Batch
 from megatron_bert_tp.model.shape import ModelShape, tensor_shapes
-from tests.support import (
-    IGNORED,
-    ODD_SHAPE,
-    Layout,
-    Recipe,
-    batches_of_step,
-    is_key_bias,
-    join_steps,
-    predict,
-    relative_errors,
-    train,
-)
+from tests.comparison import is_key_bias, join_steps, relative_errors
+from tests.support import IGNORED, ODD_SHAPE, Layout, Recipe, batches_of_step, predict, train
 
 RECIPE = Recipe(dtype=torch.float32, num_steps=10)
 LAYOUTS = [Layout(), Layout(tensor=2), Layout(tensor=4), Layout(pipeline=2, tensor=2)]

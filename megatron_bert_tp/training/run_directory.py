@@ -10,6 +10,7 @@ import torch
 
 from megatron_bert_tp.checkpoint.directories import latest_checkpoint
 from megatron_bert_tp.checkpoint.durable import JSON
+from megatron_bert_tp.checkpoint.model import MODEL
 from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.checkpoint.save import save_checkpoint
 from megatron_bert_tp.checkpoint.slices import rectangles
@@ -17,6 +18,7 @@ from megatron_bert_tp.config.dump import to_dict, write_config
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.errors import CheckpointError
+from megatron_bert_tp.formats.convert import LOWERCASE
 from megatron_bert_tp.model.stage import MegatronBertStage
 from megatron_bert_tp.optim.adamw import MOMENTS, moment_of
 from megatron_bert_tp.parallel.mesh import ParallelMesh
@@ -81,8 +83,9 @@ class RunDirectory:
 
     def _facts(self, stage: MegatronBertStage, samples: int) -> Mapping[str, JSON]:
         return {
-            "model": asdict(stage.shape),
+            MODEL: asdict(stage.shape),
             "settings": cast(JSON, to_dict(self._config)),
+            LOWERCASE: self._config.data.lowercase,
             "samples": samples,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }

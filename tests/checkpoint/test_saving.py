@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_bert_tp.checkpoint import directories, save as saving
+from megatron_bert_tp.checkpoint import directories
+from megatron_bert_tp.checkpoint import save as saving
 from megatron_bert_tp.checkpoint.directories import latest_checkpoint, partial_directory, step_directory
 from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.checkpoint.save import (
@@ -111,9 +112,6 @@ def test_a_kill_between_the_phases_leaves_the_previous_checkpoint(tmp_path, kill
     Checkpoint.open(tmp_path).verify()
     save(tmp_path, TINY, 3)
     assert names(tmp_path) == ["latest", "step_00000001", "step_00000003"]
-
-
-EFFECTS = ("write_text", "sync", "rename", "replace_text", "rmtree")
 
 
 @contextmanager

@@ -10,17 +10,8 @@ from torch import Tensor, nn
 from megatron_bert_tp.model.shape import tensor_shapes
 from megatron_bert_tp.parallel.gradients import TiedWeight, buckets, sum_over_data_, sum_tied_
 from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
-from tests.support import (
-    ODD_SHAPE,
-    Layout,
-    Piece,
-    Recipe,
-    build_gradients,
-    build_mesh,
-    build_stage,
-    gradient_pieces,
-    join,
-)
+from tests.comparison import Piece, gradient_pieces, join
+from tests.support import ODD_SHAPE, Layout, Recipe, build_gradients, build_mesh, build_stage
 
 TIED = Recipe(shape=ODD_SHAPE)
 UNTIED = Recipe(shape=replace(ODD_SHAPE, tie_word_embeddings=False))

@@ -19,7 +19,8 @@ from megatron_bert_tp.parallel.linear import (
 )
 from megatron_bert_tp.parallel.mesh import Axis
 from megatron_bert_tp.parallel.sharding import parts
-from tests.support import ODD_SHAPE, Layout, Piece, build_mesh, gradient_pieces, join
+from tests.comparison import Piece, gradient_pieces, join
+from tests.support import ODD_SHAPE, Layout, build_mesh
 
 FLOAT64 = torch.float64
 VOCABULARY = 1003

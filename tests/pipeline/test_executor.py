@@ -13,18 +13,16 @@ from megatron_bert_tp.data.batches import Batch
 from megatron_bert_tp.model.stage import MegatronBertStage, PretrainingLogits
 from megatron_bert_tp.objectives.pretraining import Counts, count, microbatch_loss
 from megatron_bert_tp.parallel.mesh import ParallelMesh
+from tests.comparison import Piece, gradient_pieces, join
 from tests.support import (
     CPU,
     IGNORED,
     ODD_SHAPE,
     Layout,
-    Piece,
     Recipe,
     batches_of_step,
     build_mesh,
     build_stage,
-    gradient_pieces,
-    join,
     make_batch,
     run_passes,
     with_dropout,
@@ -44,8 +42,7 @@ def equal_batches() -> list[Batch]:
     """Six microbatches of one width: torch's schedule takes no other."""
     lengths = ((11, 9), (11, 11), (4, 11), (11, 5), (11, 11), (8, 11))
     return [
-        make_batch(rows, shape=RECIPE.shape, first_sample=10 * index, seed=9)
-        for index, rows in enumerate(lengths)
+        make_batch(rows, shape=RECIPE.shape, first_sample=10 * index, seed=9) for index, rows in enumerate(lengths)
     ]
 
 
@@ -75,7 +72,7 @@ def run_executor(layout: Layout, batches: Sequence[Batch]) -> Answer:
 
 
 class TorchStage(nn.Module):
-    """A stage as torch's pipeline calls it: hidden states and the number of the microbatch; the last gives losses."""
+    """A stage as torch's pipeline calls it: with the number of the microbatch; the last one gives its loss."""
 
     def __init__(
         self, stage: MegatronBertStage, mesh: ParallelMesh, batches: Sequence[Batch], counts: Counts
@@ -106,7 +103,8 @@ def run_torch(layout: Layout, batches: Sequence[Batch]) -> Answer:
     mesh = build_mesh(layout)
     stage = build_stage(RECIPE, mesh)
     module = TorchStage(stage, mesh, batches, count(batches, mesh.data, CPU))
-    hidden = torch.empty(stage.boundary_shape(batches[0]), dtype=RECIPE.dtype)
+    # torch sends gradients only for what needs one.
+    hidden = torch.empty(stage.boundary_shape(batches[0]), dtype=RECIPE.dtype, requires_grad=True)
     first_input = torch.zeros(len(batches), 1)
     pipelined = PipelineStage(
         module,
