@@ -1,8 +1,10 @@
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.pool import RankPool
+from tests.training.runs import make_data, pretrain, succeeded
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +13,18 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Settings file beside a corpus and its vocabulary."""
+    return make_data(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(data, tmp_path_factory) -> Path:
+    """Folder of a run of 20 steps at tensor 2 x pipeline 2 with dropout, with checkpoints at 10 and 20."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    layout = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.microbatch=2"]
+    succeeded(pretrain(data, f"run.directory={folder}", *layout, processes=4))
+    return folder

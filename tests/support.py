@@ -83,8 +83,9 @@ def make_batch(
         ids[row, [0, middle, length - 1]] = [2, 3, 3]
         ids[row, length:] = shape.pad_token_id
         types[row, middle + 1 : length] = 1
-    # The last word of the vocabulary lies beside the padding rows.
-    ids[0, 1] = shape.vocab_size - 1
+    # The last word of the vocabulary lies beside the padding rows; and a [PAD] that is attended to, since those
+    # at the end of a row influence nothing and so would hide a gradient that its lookup must not get.
+    ids[0, 1], ids[0, 3] = shape.vocab_size - 1, shape.pad_token_id
     inner = (ids >= 5) & (np.arange(width) > 0)
     positions = np.flatnonzero(inner & (generator.random(ids.shape) < 0.33)) if has_labels else np.array([], int)
     num_padded = -(-max(1, len(positions)) // 8) * 8

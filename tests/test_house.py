@@ -253,7 +253,9 @@ def unknown_paths(text: str) -> list[str]:
 
 
 def unknown_settings(text: str) -> list[str]:
-    return sorted(set(OVERRIDE.findall(text)) - all_settings().keys())
+    """Overrides of settings that do not exist; a line with a prompt may show what goes wrong."""
+    lines = [line for line in text.splitlines() if not line.startswith("$ ")]
+    return sorted(set(OVERRIDE.findall("\n".join(lines))) - all_settings().keys())
 
 
 @pytest.mark.parametrize("path", DOCUMENTS)
