@@ -15,7 +15,7 @@ THREADS := OMP_NUM_THREADS=1
 .PHONY: demo test check-all lint clean
 
 demo: $(VENV)/plots.stamp
-	$(RUN) -m megatron_bert_tp.demo
+	$(THREADS) $(RUN) -m megatron_bert_tp.demo
 
 test: lint
 	$(THREADS) $(RUN) -m pytest -n 2 -m "not slow and not gpu"

@@ -30,6 +30,7 @@ from megatron_bert_tp.demo.corpus import build_corpus
 from megatron_bert_tp.demo.sources import installed_sources
 from megatron_bert_tp.model.initialisation import initial_tensor
 from megatron_bert_tp.model.shape import tensor_shapes
+from megatron_bert_tp.optim.adamw import is_decayed
 from megatron_bert_tp.parallel.cross_entropy import IGNORED
 from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
 from megatron_bert_tp.training.build import build_trainer, model_shape
@@ -155,7 +156,10 @@ def transformers_step(config: Config) -> Step:
     }
     weights["bert.embeddings.word_embeddings.weight"][shape.pad_token_id] = 0
     model.load_state_dict(weights, strict=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, eps=1e-8, weight_decay=0.01, fused=True)
+    decayed = [value for name, value in model.named_parameters() if is_decayed(name)]
+    others = [value for name, value in model.named_parameters() if not is_decayed(name)]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, eps=1e-8, fused=True)
     texts = open_texts(config, Axis.alone("data"))
 
     def step(number: int) -> tuple[float, int]:
@@ -166,7 +170,8 @@ def transformers_step(config: Config) -> Step:
             loss.backward()
             losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
-        optimizer.param_groups[0]["lr"] = 1e-4 * min(1.0, (number + 1) / config.optimizer.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-4 * min(1.0, (number + 1) / config.optimizer.warmup_steps)
         optimizer.step()
         optimizer.zero_grad()
         return sum(losses), sum(batch.num_tokens for batch in batches)

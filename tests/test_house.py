@@ -11,7 +11,7 @@ import pytest
 
 from megatron_bert_tp.config.load import load_config
 from megatron_bert_tp.config.settings import all_settings
-from tests.sources import PACKAGE, ROOT, functions, markdown_files, source_files
+from tests.sources import PACKAGE, ROOT, assert_none, functions, markdown_files, source_files
 
 LONGEST_FUNCTION = 60
 MEDIAN_FUNCTION = 10
@@ -49,7 +49,7 @@ def long_functions(text: str) -> list[str]:
 @pytest.mark.parametrize("path", ALL_CODE)
 def test_no_file_and_no_function_is_too_long(path):
     assert len(ALL_CODE[path].splitlines()) < LONGEST_FILE
-    assert long_functions(ALL_CODE[path]) == []
+    assert_none(long_functions(ALL_CODE[path]))
 
 
 def test_half_of_the_functions_are_short():
@@ -128,13 +128,13 @@ def _is_unsafe(name: str) -> bool:
 
 @pytest.mark.parametrize("path", CODE)
 def test_there_is_no_global_state_and_no_unsafe_reading(path):
-    assert global_state(CODE[path]) == []
-    assert unsafe_reads(CODE[path]) == []
+    assert_none(global_state(CODE[path]))
+    assert_none(unsafe_reads(CODE[path]))
 
 
 @pytest.mark.parametrize("path", sorted(CODE.keys() - {ENVIRONMENT}))
 def test_the_environment_is_read_in_one_place(path):
-    assert environment_reads(CODE[path]) == []
+    assert_none(environment_reads(CODE[path]))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def undescribed(text: str) -> list[str]:
 
 @pytest.mark.parametrize("path", CODE)
 def test_public_members_are_typed_and_documented(path):
-    assert undescribed(CODE[path]) == []
+    assert_none(undescribed(CODE[path]))
 
 
 def test_a_public_member_without_types_or_docstring_is_told():
@@ -208,8 +208,8 @@ def test_the_top_level_is_as_agreed():
         pytest.skip("not a git checkout")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     tracked = {path.partition("/")[0] for path in listed.split("\0") if path}
-    assert {name for name in tracked if not name.startswith(".")} - TOP_LEVEL == set()
-    assert sorted(name for name in TOP_LEVEL if not (ROOT / name).exists()) == []
+    assert_none(f"{name} is not agreed" for name in tracked - TOP_LEVEL if not name.startswith("."))
+    assert_none(f"{name} is missing" for name in TOP_LEVEL if not (ROOT / name).exists())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
@@ -260,9 +260,9 @@ def unknown_settings(text: str) -> list[str]:
 
 @pytest.mark.parametrize("path", DOCUMENTS)
 def test_documents_speak_of_what_exists(path):
-    assert dead_links(path, DOCUMENTS[path]) == []
-    assert unknown_paths(DOCUMENTS[path]) == []
-    assert unknown_settings(DOCUMENTS[path]) == []
+    assert_none(dead_links(path, DOCUMENTS[path]))
+    assert_none(unknown_paths(DOCUMENTS[path]))
+    assert_none(unknown_settings(DOCUMENTS[path]))
 
 
 def test_a_document_that_speaks_of_what_does_not_exist_is_told():

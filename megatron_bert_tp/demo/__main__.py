@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from megatron_bert_tp.config.command_line import run_command
-from megatron_bert_tp.demo.steps import export, fill_masks, make_data, picture, summary
 from megatron_bert_tp.errors import TrainingError
 
 USAGE = """\
@@ -20,6 +19,9 @@ CONFIG = Path("configs/demo.yaml")
 
 def main(_arguments: list[str]) -> None:
     """All steps; each says what it does, and the last lines say where everything is."""
+    # Here, not above: `--help` needs no torch.
+    from megatron_bert_tp.demo.steps import export, fill_masks, make_data, picture, summary
+
     print("1/6 corpus, vocabulary and tokens", flush=True)
     make_data()
     print(f"\n4/6 training: torchrun --nproc_per_node=4 -m megatron_bert_tp.pretrain {CONFIG}", flush=True)

@@ -30,7 +30,7 @@ class Texts:
 
     def unigram_loss(self, batches: list[Batch]) -> float:
         """Cross entropy, in nats, of the masked targets of ``batches`` under the training part's frequencies."""
-        labels = np.concatenate([batch.masked_labels.numpy() for batch in batches])
+        labels = np.concatenate([batch.masked_labels.cpu().numpy() for batch in batches])
         counts = unigram_counts(self.corpus, self.training_documents, self.vocab_size)
         return unigram_cross_entropy(counts, labels[labels != IGNORED])
 

@@ -74,17 +74,17 @@ class Trainer:
         self._held_out: list[Batch] | None = None
 
     def run(self, directory: RunDirectory) -> None:
-        """Train to the last step; evaluates and saves on the way and at the end."""
+        """Train to the last step; saves and evaluates on the way and at the end."""
         seconds: list[float] = []
         while self.steps_done < self.pace.steps:
             started = time.perf_counter()
             report = self.train_step()
             seconds.append(time.perf_counter() - started)
             directory.report_step(_record(report, seconds, self.pace.steps))
-            if self._is_due(self.pace.evaluate_every) and self.texts.validation is not None:
-                directory.report_evaluation(self._evaluation_record())
             if self._is_due(self.pace.save_every):
                 directory.save(self.stage, self.optimizer, self.steps_done, self.pace.global_batch)
+            if self._is_due(self.pace.evaluate_every) and self.texts.validation is not None:
+                directory.report_evaluation(self._evaluation_record())
 
     def train_step(self) -> StepReport:
         """One optimizer step over the global batch."""

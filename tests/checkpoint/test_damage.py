@@ -73,6 +73,13 @@ def test_a_truncated_shard_is_found_at_opening(step, kept):
         Checkpoint.open(step)
 
 
+def test_a_shard_that_grew_is_found_at_opening(step):
+    with (step / SHARD).open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(CheckpointError, match=rf"{SHARD}: has \d+ bytes, but manifest.json says \d+"):
+        Checkpoint.open(step)
+
+
 def test_a_missing_shard_is_found_at_opening(step):
     (step / SHARD).unlink()
     with pytest.raises(CheckpointError, match=rf"{SHARD}: is missing"):
