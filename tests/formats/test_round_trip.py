@@ -152,6 +152,8 @@ def test_an_export_can_change_the_number_format(tmp_path):
 def test_what_stands_at_the_place_of_the_export_is_never_overwritten(saved, tmp_path):
     original = saved()
     from_huggingface(original, tmp_path / "checkpoint")
+    with pytest.raises(FormatError, match="original: exists already"):
+        write_directory(original, ODD, Checkpoint.open(tmp_path / "checkpoint").weight, {})
     for convert, source in ((to_huggingface, tmp_path / "checkpoint"), (from_huggingface, original)):
         with pytest.raises(FormatError, match="original: exists already and is not empty"):
             convert(source, original)

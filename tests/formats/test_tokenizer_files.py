@@ -37,8 +37,10 @@ def exported(tmp_path: Path, attachments: dict[str, Path], **facts: object) -> P
 def test_a_vocabulary_gives_the_ids_of_the_training(tmp_path, entries, lowercase, is_said):
     path = vocabulary(tmp_path / "data", entries)
     facts = {"lowercase": lowercase} if is_said else {}
-    loaded = AutoTokenizer.from_pretrained(exported(tmp_path, {"vocab.txt": path}, **facts))
+    out = exported(tmp_path, {"vocab.txt": path}, **facts)
+    loaded = AutoTokenizer.from_pretrained(out)
     ids = Tokenizer.load(path, lowercase).encode_batch([TEXT])[0]
+    assert tokenizers.Tokenizer.from_file(str(out / "tokenizer.json")).encode(TEXT).ids == [3, *ids, 4]
     assert len(set(ids)) > 8
     assert loaded(TEXT)["input_ids"] == [3, *ids, 4]
     assert loaded("a", "world")["token_type_ids"] == [0, 0, 0, 1, 1]

@@ -196,27 +196,28 @@ class WatchedStage(MegatronBertStage):
 
     def watch(self) -> None:
         self.tokens: weakref.WeakSet[Token] = weakref.WeakSet()
-        self.peak = 0
+        self.peak, self.has_graph = 0, False
 
     def forward(self, received: Tensor | None, batch: Batch) -> Tensor | PretrainingLogits:
         output = super().forward(received, batch)
         token = Token()
         self.tokens.add(token)
+        self.has_graph |= torch.is_grad_enabled()
         self.peak = max(self.peak, len(self.tokens))
         if isinstance(output, Tensor):
             return _Held.apply(output, token)
         return PretrainingLogits(_Held.apply(output.masked, token), output.next_sentence)
 
 
-def peak_alive(layout: Layout) -> tuple[int, int]:
-    """Most microbatches alive at once, and how many still are after the run."""
+def peak_alive(layout: Layout) -> tuple[int, int, bool]:
+    """Most microbatches alive at once, how many still are after the run, and whether any had a graph."""
     mesh = build_mesh(layout)
     stage = build_stage(RECIPE, mesh)
     stage.__class__ = WatchedStage
     stage.watch()
     batches = equal_batches()
     run_passes(stage, mesh, batches, count(batches, mesh.data, CPU), layout.schedule)
-    return stage.peak, len(stage.tokens)
+    return stage.peak, len(stage.tokens), stage.has_graph
 
 
 @pytest.mark.parametrize(
@@ -225,4 +226,4 @@ def peak_alive(layout: Layout) -> tuple[int, int]:
 def test_activations_alive_at_once_are_those_of_the_schedule(ranks, schedule, alive):
     """min(stages - stage, microbatches) in 1F1B; a forward alone keeps only what it is computing."""
     found = ranks.run(4, peak_alive, Layout(pipeline=4, schedule=schedule))
-    assert found == [(peak, 0) for peak in alive]
+    assert found == [(peak, 0, schedule != "forward_only") for peak in alive]
