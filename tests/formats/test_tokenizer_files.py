@@ -66,6 +66,7 @@ def test_a_tokenizer_json_that_only_cuts_text_is_completed(tmp_path, entries, lo
     out = exported(tmp_path, {"tokenizer.json": tmp_path / "tokenizer.json"})
     expected = Tokenizer.load(tmp_path / "tokenizer.json", lowercase=True).encode_batch([TEXT])[0]
     assert AutoTokenizer.from_pretrained(out)(TEXT)["input_ids"] == [3, *expected, 4]
+    assert tokenizers.Tokenizer.from_file(str(out / "tokenizer.json")).encode(TEXT).ids == [3, *expected, 4]
     assert (out / "vocab.txt").read_text(encoding="utf-8").splitlines() == entries
 
 
