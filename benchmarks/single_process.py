@@ -163,7 +163,7 @@ def transformers_step(config: Config) -> Step:
     texts = open_texts(config, Axis.alone("data"))
 
     def step(number: int) -> tuple[float, int]:
-        batches = texts.training.take(number)
+        batches = texts.training.take(number * config.optimizer.global_batch)
         losses = []
         for batch in batches:
             loss = model(**transformers_inputs(batch)).loss / len(batches)

@@ -22,9 +22,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one rank knows after a step; losses on the last stage only."""
+    """What one rank knows after a step."""
 
-    losses: Losses | None
+    losses: Losses
     norm: float
     gradients: list[Piece]
     weights: list[Piece]
@@ -74,9 +74,9 @@ def join_steps(ranks: Sequence[Sequence[StepRecord]]) -> list[Step]:
 
 
 def _join_step(records: Sequence[StepRecord]) -> Step:
-    losses = {record.losses for record in records if record.losses is not None}
+    losses = {record.losses for record in records}
     norms = {record.norm for record in records}
-    assert len(losses) == 1, f"last stages differ in their losses: {losses}"
+    assert len(losses) == 1, f"ranks differ in their losses: {losses}"
     assert len(norms) == 1, f"ranks differ in the gradient norm: {norms}"
     gradients = join(piece for record in records for piece in record.gradients)
     weights = join(piece for record in records for piece in record.weights)

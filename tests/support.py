@@ -1,4 +1,4 @@
-"""Small models, batches that look real, and training steps on any layout."""
+"""Small models, batches that look real, and passes over them on any layout; `tests/trainers.py` trains."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,14 +13,12 @@ from megatron_bert_tp.data.batches import Batch
 from megatron_bert_tp.model.initialisation import initialise_
 from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.model.stage import MegatronBertStage, load_
-from megatron_bert_tp.objectives.pretraining import Counts, Losses, count, losses_of_step, microbatch_loss
-from megatron_bert_tp.parallel.collectives import sum_over_
+from megatron_bert_tp.objectives.pretraining import Counts, microbatch_loss
 from megatron_bert_tp.parallel.gradients import Gradients
 from megatron_bert_tp.parallel.mesh import MeshShape, ParallelMesh
 from megatron_bert_tp.pipeline.executor import Executor
 from megatron_bert_tp.pipeline.partition import partition
 from megatron_bert_tp.pipeline.schedule import programs
-from tests.comparison import StepRecord, gradient_pieces, weight_pieces
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(seconds=60)
@@ -56,13 +54,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the curve of a run, and so everything but the layout."""
+    """All that decides the curve of a run, and so everything but the layout.
+
+    The rate falls from ``rate`` to ``final_rate`` on a line.
+    """
 
     shape: ModelShape = ODD_SHAPE
     dtype: torch.dtype = torch.float64
     seed: int = 11
     num_steps: int = 3
     rate: float = 1e-4
+    final_rate: float = 1e-4
     clip_norm: float = 0.0
 
 
@@ -180,32 +182,3 @@ def predict(
     executor = Executor(stage, keep, axis=mesh.pipeline, device=CPU)
     executor.run(programs("forward_only", mesh.pipeline.size, len(batches))[mesh.pipeline.rank], batches)
     return logits
-
-
-def total_losses(statistics: Sequence[Tensor], counts: Counts, mesh: ParallelMesh) -> Losses | None:
-    if not statistics:
-        return None
-    return losses_of_step(sum_over_(torch.stack(list(statistics)).sum(0), mesh.data), counts)
-
-
-def train(
-    recipe: Recipe, layout: Layout, names: Sequence[str], weights: Mapping[str, Tensor] | None = None
-) -> list[StepRecord]:
-    """Whole training on one rank: the function that the pool runs."""
-    mesh = build_mesh(layout)
-    stage = build_stage(recipe, mesh, weights)
-    gradients = build_gradients(stage, mesh, names)
-    optimizer = torch.optim.AdamW(stage.trained_parameters().values(), lr=recipe.rate, eps=1e-8)
-    records = []
-    for step in range(recipe.num_steps):
-        batches = share_of_replica(batches_of_step(step, shape=recipe.shape), mesh)
-        gradients.clear()
-        counts = count(batches, mesh.data, CPU)
-        statistics = run_passes(stage, mesh, batches, counts, layout.schedule)
-        norm = gradients.reduce_and_norm()
-        gradients.clip_(norm, recipe.clip_norm)
-        found = gradient_pieces(stage.parts())
-        optimizer.step()
-        losses = total_losses(statistics, counts, mesh)
-        records.append(StepRecord(losses, norm, found, weight_pieces(stage.parts())))
-    return records

@@ -1,13 +1,13 @@
 """Saving in three phases, after each of which a kill leaves the previous checkpoint as it was.
 
     rank 0           remove leftovers, make ``step_N.partial``
-    --- barrier ---
+    --- agree ---
     every rank       write its tensor file and a note on it, synced
-    --- barrier ---
+    --- agree ---
     rank 0           merge the notes to the manifest, check, rename, move the pointer, remove old checkpoints
-    --- barrier ---
+    --- agree ---
 
-A rank that fails goes on to the barriers before it raises, so that the others do not wait for it.
+After each phase the ranks tell each other what failed: all of them go on, or all of them raise the same.
 """
 
 import shutil
@@ -34,7 +34,7 @@ from megatron_bert_tp.checkpoint.durable import (
 )
 from megatron_bert_tp.checkpoint.manifest import MANIFEST, FileRecord, Manifest, Note, record_of
 from megatron_bert_tp.checkpoint.slices import DTYPES, Rectangle, Slice, check_coverage
-from megatron_bert_tp.errors import CheckpointError
+from megatron_bert_tp.errors import CheckpointError, MegatronBertError
 
 
 def save_checkpoint(
@@ -46,14 +46,16 @@ def save_checkpoint(
     attachments: Mapping[str, Path],
     rank: int,
     world_size: int,
-    barrier: Callable[[], None],
+    agree: Callable[[str | None], str | None],
     keep_last: int,
 ) -> Path:
     """Save what all ranks hand in as ``root/step_N`` and return that path; every rank must call it.
 
     ``rectangles`` of all ranks together must cover each tensor exactly once; a rank may have none.
     ``attachments`` are files that go along under a plain name; those and ``facts`` count on rank 0.
-    ``keep_last`` newest checkpoints stay.  Raises CheckpointError, on every rank, when a rank cannot write.
+    ``keep_last`` newest checkpoints stay.  ``agree`` takes what failed on this rank, or None, and gives
+    every rank what failed on the first rank on which anything did.  CheckpointError, the same one on every
+    rank, when a rank cannot write.
     """
     partial = partial_directory(root, step)
 
@@ -68,13 +70,9 @@ def save_checkpoint(
         if rank == 0:
             commit_checkpoint(root, step, world_size, facts=facts, attachments=attachments, keep_last=keep_last)
 
-    failure = _first_failure((prepare, write, commit), barrier)
-    if failure is not None:
-        raise failure
-    whole = step_directory(root, step)
-    if partial.exists() or not (whole / MANIFEST).is_file():
-        raise CheckpointError(f"{whole}: not saved, because another rank failed; its message says why")
-    return whole
+    for phase in (prepare, write, commit):
+        _run(phase, agree)
+    return step_directory(root, step)
 
 
 def prepare_directory(root: Path, step: int) -> Path:
@@ -136,17 +134,26 @@ def note_name(rank: int) -> str:
     return f"rank_{rank:05d}.json"
 
 
-def _first_failure(phases: Sequence[Callable[[], None]], barrier: Callable[[], None]) -> Exception | None:
-    """Run the phases with a barrier after each; after a failure of this rank, the barriers alone."""
+def _run(phase: Callable[[], None], agree: Callable[[str | None], str | None]) -> None:
+    """Run this rank's part of a phase; CheckpointError on every rank when any of them failed."""
     failure: Exception | None = None
-    for phase in phases:
-        if failure is None:
-            try:
-                phase()
-            except Exception as error:  # whatever it is, the other ranks wait at the barrier
-                failure = error
-        barrier()
-    return failure
+    try:
+        phase()
+    except Exception as error:  # whatever it is, the other ranks wait for the answer of this one
+        failure = error
+    told = agree(None if failure is None else _text(failure))
+    if told is None:
+        return
+    if failure is not None and not isinstance(failure, MegatronBertError | OSError):
+        raise failure  # a bug keeps its traceback
+    raise CheckpointError(told) from failure
+
+
+def _text(failure: Exception) -> str:
+    """What the others are told; a bug is named by its kind, since its message alone says little."""
+    if isinstance(failure, MegatronBertError | OSError):
+        return str(failure)
+    return f"not saved, because of {type(failure).__name__} on another rank: {failure}"
 
 
 def _row(rectangle: Rectangle, file: str) -> Slice:
@@ -183,7 +190,10 @@ def _collect(partial: Path, world_size: int) -> tuple[dict[str, FileRecord], lis
     for rank in range(world_size):
         path = partial / note_name(rank)
         if not path.is_file():
-            raise CheckpointError(f"{partial}: rank {rank} could not write its part; its message says why")
+            raise CheckpointError(
+                f"{path}: rank {rank} wrote it, but rank 0 does not see it; choose a folder on a file system "
+                "that all nodes share"
+            )
         note = Note.read(path)
         files |= note.files
         slices += note.slices

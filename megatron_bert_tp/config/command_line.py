@@ -29,13 +29,27 @@ def run_command(
             _print_help(usage, environment)
             return 0
     except MegatronBertError as error:
-        return _failed(error, LaunchEnvironment())
+        tell_error(str(error), LaunchEnvironment())
+        return USER_ERROR
     try:
         return main(given) or 0
     except MegatronBertError as error:
-        return _failed(error, environment)
+        tell_error(str(error), environment)
+        return USER_ERROR
     except KeyboardInterrupt:
         return _INTERRUPTED
+
+
+def tell_error(text: str, environment: LaunchEnvironment) -> None:
+    """Print an error on stderr, once in a launch.
+
+    Most errors hit all ranks alike: rank 0 tells at once, and its exit makes torchrun end the others
+    while they wait.  A rank that is still there after the wait was hit alone, and tells it itself.
+    """
+    if not environment.is_first:
+        time.sleep(2 + 0.5 * environment.local_rank)
+    speaker = "error" if environment.is_first else f"error on rank {environment.rank}"
+    print(f"{speaker}: {text}", file=sys.stderr, flush=True)
 
 
 def config_from_arguments(arguments: Sequence[str], usage: str) -> Config:
@@ -55,16 +69,3 @@ def _short(usage: str) -> str:
 def _print_help(usage: str, environment: LaunchEnvironment) -> None:
     if environment.is_first:
         print(usage.rstrip())
-
-
-def _failed(error: MegatronBertError, environment: LaunchEnvironment) -> int:
-    """Print the error where it helps.
-
-    Most errors hit all ranks alike: rank 0 tells at once, and its exit makes torchrun end the others
-    while they wait.  A rank that is still there after the wait was hit alone, and tells it itself.
-    """
-    if not environment.is_first:
-        time.sleep(2 + 0.5 * environment.local_rank)
-    speaker = "error" if environment.is_first else f"error on rank {environment.rank}"
-    print(f"{speaker}: {error}", file=sys.stderr, flush=True)
-    return USER_ERROR

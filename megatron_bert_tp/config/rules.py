@@ -12,6 +12,8 @@ from megatron_bert_tp.config.problems import Problem, listed, shown
 
 WORLD_SIZE = "world size"
 _NUM_SHOWN = 12
+# Dropout compares 16 random bits: a probability that rounds to 0 of their 65536 values would drop nothing.
+_SMALLEST_DROPOUT = 1e-5
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,15 @@ def _heads_divide_hidden(hidden: int, heads: int) -> Broken | None:
     )
 
 
+def _dropout_drops(probability: float) -> Broken | None:
+    if probability == 0 or probability >= _SMALLEST_DROPOUT:
+        return None
+    return Broken(
+        f"must be 0 or at least {_SMALLEST_DROPOUT}: dropout works in steps of 1 / 65536",
+        f"use 0, or at least {_SMALLEST_DROPOUT}",
+    )
+
+
 def _tensor_divides_heads(tensor: int, heads: int) -> Broken | None:
     if heads % tensor == 0:
         return None
@@ -87,15 +98,6 @@ def _tensor_divides_intermediate(tensor: int, intermediate: int) -> Broken | Non
     return Broken(
         f"must divide model.intermediate_size ({intermediate})",
         f"tensor sizes that work: {_shortened(divisors(intermediate))}",
-    )
-
-
-def _tensor_fits_vocabulary(tensor: int, vocabulary: int) -> Broken | None:
-    if tensor <= vocabulary:
-        return None
-    return Broken(
-        f"must not be above model.vocab_size ({vocabulary}): every rank holds at least one row",
-        f"use at most {vocabulary}",
     )
 
 
@@ -220,6 +222,8 @@ def _shortened(sizes: Sequence[int]) -> str:
 
 RULES: tuple[Rule, ...] = (
     Rule(("model.hidden_size", "model.num_attention_heads"), _heads_divide_hidden),
+    Rule(("model.hidden_dropout_prob",), _dropout_drops),
+    Rule(("model.attention_probs_dropout_prob",), _dropout_drops),
     Rule(("model.pad_token_id", "model.vocab_size"), _pad_is_in_vocabulary),
     Rule(("model.type_vocab_size", "objective.pairs"), _pairs_have_two_segments),
     Rule(("data.split",), _split_has_training),
@@ -230,7 +234,6 @@ RULES: tuple[Rule, ...] = (
     Rule(("optimizer.final_learning_rate", "optimizer.learning_rate"), _rate_decays),
     Rule(("parallel.tensor", "model.num_attention_heads"), _tensor_divides_heads),
     Rule(("parallel.tensor", "model.intermediate_size"), _tensor_divides_intermediate),
-    Rule(("parallel.tensor", "model.vocab_size"), _tensor_fits_vocabulary),
     Rule(("parallel.pipeline", "model.num_hidden_layers"), _stages_have_layers),
     Rule((WORLD_SIZE, "parallel.tensor", "parallel.pipeline"), _world_is_whole),
     Rule(

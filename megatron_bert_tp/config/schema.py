@@ -35,8 +35,10 @@ class ModelConfig:
     num_attention_heads: int = setting(required=True, meaning="attention heads per layer", at_least=1)
     intermediate_size: int = setting(required=True, meaning="features inside the MLP", at_least=1)
     hidden_act: Literal["gelu"] = setting("gelu", "activation of the MLP and of the MLM head")
-    hidden_dropout_prob: float = setting(0.1, "dropout on hidden states", at_least=0, below=1)
-    attention_probs_dropout_prob: float = setting(0.1, "dropout on attention probabilities", at_least=0, below=1)
+    hidden_dropout_prob: float = setting(0.1, "dropout on hidden states", at_least=0, at_most=0.99)
+    attention_probs_dropout_prob: float = setting(
+        0.1, "dropout on attention probabilities", at_least=0, at_most=0.99
+    )
     max_position_embeddings: int = setting(512, "longest sequence that the model can read", at_least=1)
     type_vocab_size: int = setting(2, "kinds of segments (token types)", at_least=1)
     initializer_range: float = setting(0.02, "standard deviation of initial weights", above=0)
@@ -87,7 +89,7 @@ class OptimizerConfig:
     steps: int = setting(required=True, meaning="optimizer steps of the whole run", at_least=1)
     learning_rate: float = setting(1e-4, "highest learning rate", above=0)
     final_learning_rate: float = setting(0.0, "rate that the decay reaches after the last step", at_least=0)
-    warmup_steps: int = setting(0, "steps of linear warm-up from 0", at_least=0)
+    warmup_steps: int = setting(0, "steps of linear warm-up; the first has learning_rate / warmup_steps", at_least=0)
     beta1: float = setting(0.9, "decay of the first moment", at_least=0, below=1)
     beta2: float = setting(0.999, "decay of the second moment", at_least=0, below=1)
     epsilon: float = setting(1e-8, "added to the root of the second moment", above=0)

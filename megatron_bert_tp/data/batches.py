@@ -17,8 +17,8 @@ from megatron_bert_tp.data.pairs import Pairs, Rows, choose_pairs, lay_out
 from megatron_bert_tp.data.sampler import BatchShare, SampleOrder
 from megatron_bert_tp.data.spans import build_spans
 from megatron_bert_tp.data.tokenizer import Vocabulary
+from megatron_bert_tp.parallel.cross_entropy import IGNORED
 
-IGNORED = -100  # label of a place without a target, as in torch's cross entropy
 _WIDTH_MULTIPLE = 8
 _MASKED_MULTIPLE = 64
 
@@ -94,9 +94,9 @@ class PretrainingBatches:
         """Samples that visit every span of the documents once."""
         return len(self._spans)
 
-    def take(self, step: int) -> list[Batch]:
-        """Microbatches of this replica in optimizer step ``step`` (from 0)."""
-        return self._batches(self._share.numbers_of_step(step))
+    def take(self, samples_done: int) -> list[Batch]:
+        """Microbatches of this replica in the step that follows ``samples_done`` samples."""
+        return self._batches(self._share.numbers_from(samples_done))
 
     def evaluation(self, num_samples: int) -> list[Batch]:
         """This replica's microbatches of the first samples, at most one epoch; always the same, masks included.

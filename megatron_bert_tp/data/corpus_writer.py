@@ -4,6 +4,7 @@ import hashlib
 import os
 from array import array
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bert_tp.data.corpus import HEADER, MAGIC, TOKEN_TYPES, VERSION, CorpusFacts, corpus_paths
+from megatron_bert_tp.data.refusals import writing
 from megatron_bert_tp.data.tokenizer import Tokenizer
 from megatron_bert_tp.errors import DataError
 
@@ -26,7 +28,8 @@ def token_type(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.int32]:
 class CorpusWriter:
     """Context manager that writes PREFIX.bin, .idx and .json under temporary names and renames them at the end.
 
-    Leaving it by an exception, or with no document added (DataError), removes what was written.
+    Leaving it by an exception, or with no document added (DataError), removes what was written.  DataError
+    too where nothing can be written, or no more.
     """
 
     def __init__(self, prefix: Path, tokenizer: Tokenizer):
@@ -38,15 +41,17 @@ class CorpusWriter:
         self._sha256 = hashlib.sha256()
         self._num_tokens = 0
         self._largest_id = -1
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._bin: BinaryIO = _temporary(self._paths[0]).open("wb")
+        with writing(self._paths[0]):
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._bin: BinaryIO = _temporary(self._paths[0]).open("wb")
 
     def add_document(self, tokens: npt.NDArray[np.integer], lengths: Sequence[int]) -> None:
         """Append one document: the ids of its sentences back to back, and the tokens of each (>= 1)."""
         if not len(lengths) or min(lengths) < 1 or sum(lengths) != len(tokens):
             raise ValueError("a document has sentences of at least one token that add up to its tokens")
         content = tokens.astype(self._token_type).tobytes()
-        self._bin.write(content)
+        with writing(self._paths[0]):
+            self._bin.write(content)
         self._sha256.update(content)
         self._lengths.extend(lengths)
         self._documents.append(len(self._lengths))
@@ -73,13 +78,14 @@ class CorpusWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._bin.close()
-            for path in self._paths:
-                _temporary(path).unlink(missing_ok=True)
+        # Closing writes what is buffered, so on a full disk it fails as well: the files are removed before it.
+        with writing(self._paths[0]), closing(self._bin):
+            try:
+                if kind is None:
+                    self._finish()
+            finally:
+                for path in self._paths:
+                    _temporary(path).unlink(missing_ok=True)
 
     def _finish(self) -> None:
         if not self._num_tokens:

@@ -54,9 +54,8 @@ class BatchShare:
     data_rank: int = 0
     data_size: int = 1
 
-    def numbers_of_step(self, step: int) -> list[Ints]:
-        """Sample numbers of each microbatch of this replica in optimizer step ``step`` (from 0)."""
-        first = step * self.global_batch
+    def numbers_from(self, first: int) -> list[Ints]:
+        """Sample numbers of each microbatch of this replica in the step that begins with sample ``first``."""
         return self._mine(np.arange(first, first + self.global_batch))
 
     def numbers_of_evaluation(self, num_samples: int) -> list[Ints]:

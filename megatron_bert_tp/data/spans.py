@@ -1,4 +1,4 @@
-"""Runs of sentences that samples are made of: one vectorised pass over the lengths of a corpus."""
+"""Runs of sentences that samples are made of: ends found for all sentences at once, then a walk from end to end."""
 
 from dataclasses import dataclass
 
@@ -39,15 +39,15 @@ def build_spans(corpus: Corpus, documents: Ints, *, sequence_length: int, short_
     sentence prediction needs.  After Megatron-LM's ``build_mapping``.
     """
     usable = _usable_documents(corpus, documents)
-    target = _targets(corpus.num_sentences, sequence_length - NUM_SPECIAL, short_share=short_share, seed=seed)
-    document_of_sentence = np.repeat(np.arange(corpus.num_documents), np.diff(corpus.documents))
-    following = _following(corpus, target, corpus.documents[1:][document_of_sentence])
-    first = _walk(following)
+    sizes = np.diff(corpus.documents)
     is_usable = np.zeros(corpus.num_documents, dtype=np.bool_)
     is_usable[usable] = True
-    first = first[is_usable[document_of_sentence[first]]]
-    document = np.searchsorted(usable, document_of_sentence[first])
-    return Spans(first, following[first], target[first], document, usable)
+    sentences = np.flatnonzero(np.repeat(is_usable, sizes))
+    document = np.repeat(np.arange(len(usable)), sizes[usable])
+    target = _targets(sentences, sequence_length - NUM_SPECIAL, short_share=short_share, seed=seed)
+    following = _following(corpus, sentences, target, end=corpus.documents[usable + 1][document])
+    chosen = _walk(following - sentences)
+    return Spans(sentences[chosen], following[chosen], target[chosen], document[chosen], usable)
 
 
 def _usable_documents(corpus: Corpus, documents: Ints) -> Ints:
@@ -63,32 +63,34 @@ def _usable_documents(corpus: Corpus, documents: Ints) -> Ints:
     return usable
 
 
-def _targets(num_sentences: int, longest: int, *, short_share: float, seed: int) -> Ints:
-    """Target length of a span for each sentence that it might begin with."""
-    stream = streams(seed, Purpose.SPAN, np.arange(num_sentences))
+def _targets(sentences: Ints, longest: int, *, short_share: float, seed: int) -> Ints:
+    """Target length of a span for each of the sentences that it might begin with."""
+    stream = streams(seed, Purpose.SPAN, sentences)
     column = np.zeros(1, dtype=np.int64)
     is_short = uniform(draw(stream, column)) < short_share
     short = 2 + below(draw(stream, column + 1), longest - 1)
     return np.where(is_short, short, longest)
 
 
-def _following(corpus: Corpus, target: Ints, end: Ints) -> Ints:
-    """For each sentence, the end (exclusive) of a span that begins with it.
+def _following(corpus: Corpus, sentences: Ints, target: Ints, *, end: Ints) -> Ints:
+    """For each of the sentences, the end (exclusive) of a span that begins with it.
 
     ``end`` is the end of its document.
     """
-    sentences = np.arange(corpus.num_sentences)
-    reached = np.searchsorted(corpus.starts, corpus.starts[:-1] + target)
+    reached = np.searchsorted(corpus.starts, corpus.starts[sentences] + target)
     reached = np.maximum(reached, sentences + 2)
     return np.where(reached >= end - 1, end, reached)
 
 
-def _walk(following: Ints) -> Ints:
-    """First sentences of all spans: a span begins where the one before it ends, over document ends too."""
-    jumps = following.tolist()
+def _walk(sizes: Ints) -> Ints:
+    """Places of the spans' first sentences: a span begins where the one before it ends, over document ends too.
+
+    ``sizes`` are the sentences of a span that begins with each of the usable documents' sentences.
+    """
+    jumps = sizes.tolist()
     firsts = []
-    sentence = 0
-    while sentence < len(jumps):
-        firsts.append(sentence)
-        sentence = jumps[sentence]
+    place = 0
+    while place < len(jumps):
+        firsts.append(place)
+        place += jumps[place]
     return np.array(firsts, dtype=np.int64)

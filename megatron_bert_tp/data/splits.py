@@ -5,8 +5,6 @@ import numpy as np
 from megatron_bert_tp.data.draws import Ints, Purpose, draw, streams
 from megatron_bert_tp.errors import DataError
 
-PARTS = ("training", "validation", "test")
-
 
 def split_documents(num_documents: int, shares: tuple[float, float, float]) -> tuple[Ints, Ints, Ints]:
     """Ascending document numbers of the training, validation and test part.

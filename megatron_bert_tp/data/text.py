@@ -8,6 +8,7 @@ from pathlib import Path
 
 import sentencex
 
+from megatron_bert_tp.data.refusals import reading
 from megatron_bert_tp.errors import DataError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -35,7 +36,7 @@ class Document:
 
 
 def check_inputs(paths: list[Path]) -> int:
-    """Bytes of all input files; DataError that names every one that is missing, a directory or empty."""
+    """Bytes of all input files; DataError that names every one that is missing, empty or cannot be read."""
     problems = [f"{path}: {problem}" for path in paths if (problem := _problem(path))]
     if problems:
         raise DataError("\n".join([*problems, "Give text files (.txt) or JSON lines (.jsonl) that hold text"]))
@@ -62,16 +63,20 @@ def split_sentences(text: str, *, sentence_per_line: bool) -> list[str]:
 
 
 def _problem(path: Path) -> str | None:
-    if path.is_dir():
-        return "is a directory"
-    if not path.is_file():
-        return "no such file"
-    return None if path.stat().st_size else "is empty"
+    try:
+        if path.is_dir():
+            return "is a directory"
+        if not path.is_file():
+            return "no such file"
+        with path.open("rb") as file:
+            return None if file.read(1) else "is empty"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, int]]:
     """Line number from 1, text without its line end, and bytes."""
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")

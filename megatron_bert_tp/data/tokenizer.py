@@ -13,6 +13,7 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from megatron_bert_tp.data.refusals import reading, writing
 from megatron_bert_tp.errors import DataError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -123,6 +124,8 @@ def train_wordpiece(sentences: Iterable[str], vocab_size: int, lowercase: bool, 
     map and breaks ties between merges by these numbers, so that they are found in a first pass and
     given to it in sorted order.  The sentences are held in memory.
     """
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
     texts = list(sentences)
     library = _wordpiece({}, lowercase)
     alphabet = _alphabet(texts, library.normalizer, limit=min(_LARGEST_ALPHABET, vocab_size // 8))
@@ -138,8 +141,8 @@ def train_wordpiece(sentences: Iterable[str], vocab_size: int, lowercase: bool, 
     library = _wordpiece({}, lowercase)
     _train(library, texts, alphabet, pieces=pieces, vocab_size=vocab_size)
     ids = library.get_vocab()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(f"{entry}\n" for entry in sorted(ids, key=ids.__getitem__)), encoding="utf-8")
+    with writing(output):
+        output.write_text("".join(f"{entry}\n" for entry in sorted(ids, key=ids.__getitem__)), encoding="utf-8")
     return len(ids)
 
 
@@ -227,7 +230,8 @@ def _read(path: Path) -> bytes:
         raise DataError(
             f"{path}: a vocabulary has 1 to {_LARGEST_FILE} bytes, this file has {size}; is it another file?"
         )
-    return path.read_bytes()
+    with reading(path):
+        return path.read_bytes()
 
 
 def _decode(content: bytes, path: Path) -> str:

@@ -1,6 +1,5 @@
 """`python -m megatron_bert_tp.demo`: raw text in, a trained MegatronBert in Hugging Face's format out."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,9 +34,9 @@ def main(_arguments: list[str]) -> None:
 
 
 def _train() -> None:
-    torchrun = Path(sys.executable).with_name("torchrun")
-    launcher = [str(torchrun)] if torchrun.exists() else [str(shutil.which("torchrun"))]
-    command = [*launcher, "--nproc_per_node=4", "-m", "megatron_bert_tp.pretrain", str(CONFIG)]
+    # torchrun by its module, so that it is this environment's; standalone, so that it takes a free port.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc_per_node=4", "-m", "megatron_bert_tp.pretrain", str(CONFIG)]
     code = subprocess.run(command, check=False).returncode
     if code:
         raise TrainingError(f"training ended with exit code {code}; its own message stands above")

@@ -35,7 +35,7 @@ class FillMask:
         plan = partition(weights.shape.num_hidden_layers, 1)[0]
         self._stage = MegatronBertStage(weights.shape, plan, axis=Axis.alone("tensor")).eval()
         load_parts_(self._stage.parts(), weights.read)
-        self._tokenizer = Tokenizer.load(directory / "vocab.txt", lowercase=True)
+        self._tokenizer = Tokenizer.load(directory / "tokenizer.json", lowercase=True)  # it says the case itself
 
     def best(self, text: str, num_words: int) -> list[list[tuple[str, float]]]:
         """For each [MASK] in ``text``, the likeliest words and their probabilities."""

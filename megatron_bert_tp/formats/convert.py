@@ -55,11 +55,12 @@ def from_huggingface(directory: Path, out: Path) -> str:
         attachments=source.tokenizer_files,
         rank=0,
         world_size=1,
-        barrier=_alone,
+        agree=_alone,
         keep_last=1,
     )
     return f"{out}: checkpoint of step 0 without optimizer state, {readable(Checkpoint.open(out).size)}"
 
 
-def _alone() -> None:
-    """Barrier of one process."""
+def _alone(failure: str | None) -> str | None:
+    """Agreement of one process with itself."""
+    return failure

@@ -10,16 +10,17 @@ from megatron_bert_tp.formats.huggingface_config import CONFIG
 from megatron_bert_tp.model.shape import ModelShape
 
 
-def open_weights(path: Path, shape: ModelShape) -> Reader:
+def open_weights(path: Path, shape: ModelShape, *, verify: bool) -> Reader:
     """Reader of the weights in a Hugging Face directory, or in one of our checkpoints.
 
     FormatError or CheckpointError when the path holds neither, or the weights of another model than ``shape``.
-    Every file of a checkpoint is compared with its SHA-256.
+    With ``verify`` every file of a checkpoint is compared with its SHA-256, for which one rank is enough.
     """
     if not (path / CONFIG).is_file():
         checkpoint = Checkpoint.open(path)
         check_model(checkpoint, shape)
-        checkpoint.verify()
+        if verify:
+            checkpoint.verify()
         return checkpoint.weight
     directory = HuggingFaceDirectory.open(path)
     differing = differences(directory.shape, shape)

@@ -52,6 +52,7 @@ class Encoder(nn.Module):
 
     def __init__(self, shape: ModelShape, plan: StagePlan, *, axis: Axis, dtype: torch.dtype) -> None:
         super().__init__()
+        self.is_last = plan.is_last
         self.layer = nn.ModuleDict(
             {str(number): Layer(shape, number, axis=axis, dtype=dtype) for number in plan.layers}
         )
@@ -62,7 +63,7 @@ class Encoder(nn.Module):
         """``[batch, sequence, hidden]`` to the same shape."""
         for layer in self.layer.values():
             hidden = layer(hidden, padding, bits)
-        return self.ln(hidden) if hasattr(self, "ln") else hidden
+        return self.ln(hidden) if self.is_last else hidden
 
 
 class Trunk(nn.Module):

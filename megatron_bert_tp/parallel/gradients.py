@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bert_tp.parallel.collectives import start_sum_over_, sum_over_
@@ -47,15 +48,23 @@ def sum_over_data_(gradients: Sequence[Tensor], axis: Axis, *, bucket_bytes: int
     """Add the gradients of all data ranks, in place, one all-reduce per bucket."""
     if axis.size == 1:
         return
-    flying = []
+    flying: list[tuple[list[Tensor], Tensor, dist.Work | None]] = []
     for bucket in buckets(gradients, bucket_bytes):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         flying.append((bucket, flat, start_sum_over_(flat, axis)))
+        # One bucket is filled while another is on its way; more would be a second copy of all gradients.
+        if len(flying) > 1:
+            _land_(*flying.pop(0))
     for bucket, flat, work in flying:
-        if work is not None:
-            work.wait()
-        for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        _land_(bucket, flat, work)
+
+
+def _land_(bucket: Sequence[Tensor], flat: Tensor, work: dist.Work | None) -> None:
+    """Wait for a bucket and copy its sums back into its gradients."""
+    if work is not None:
+        work.wait()
+    for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
 
 
 def sum_tied_(tied: TiedWeight, axis: Axis) -> None:

@@ -94,15 +94,22 @@ def _philox_state(counter: NDArray[np.uint64], key: NDArray[np.uint64]) -> dict[
 
 
 def dropped_share(probability: float) -> float:
-    """The probability as the 16-bit threshold realises it (0.1 becomes 0.100006)."""
-    return round(probability * 65536) / 65536
+    """The probability as the 16-bit threshold realises it (0.1 becomes 0.100006); always below 1."""
+    return _num_dropped(probability) / 65536
 
 
 def keep_mask(lanes: Tensor, probability: float) -> Tensor:
     """Turn lanes (int16, overwritten) into a mask of uint8: 1 keeps, 0 drops."""
-    threshold = round(probability * 65536) - 32768
+    threshold = _num_dropped(probability) - 32768
     # In place on int16 and then a cast: comparing to bool directly is ten times slower on CPU.
     return lanes.ge_(threshold).to(torch.uint8)
+
+
+def _num_dropped(probability: float) -> int:
+    """How many of the 65536 values of a lane drop their element."""
+    dropped = round(probability * 65536)
+    assert 0 <= dropped < 65536, f"a dropout probability of {probability} leaves nothing"
+    return dropped
 
 
 def scaled_mask(mask: Tensor, probability: float, dtype: torch.dtype) -> Tensor:

@@ -95,7 +95,8 @@ class Executor(Generic[BatchT]):
         grad = self._take(flight, Phase.BACKWARD, microbatch, chunk, step=-1)
         received, output = flight.alive.pop(microbatch)
         torch.autograd.backward(output, grad)
-        if received is not None and received.grad is not None:
+        if received is not None:
+            assert received.grad is not None, f"microbatch {microbatch}: the stage does not use what it received"
             self._send(flight, Phase.BACKWARD, microbatch, chunk, step=-1, tensor=received.grad)
 
     def _take(
@@ -117,7 +118,8 @@ class Executor(Generic[BatchT]):
         operations = [self._operation(flight, transfer) for transfer in transfers]
         works = dist.batch_isend_irecv(operations)
         # NCCL gives one handle for the whole group, gloo one for each message.
-        handles = works if len(works) == len(transfers) else works[:1] * len(transfers)
+        assert len(works) in (1, len(transfers)), f"{len(works)} handles for {len(transfers)} messages"
+        handles = works if len(works) == len(transfers) else works * len(transfers)
         flight.works.update(zip(transfers, handles, strict=True))
 
     def _operation(self, flight: _Flight[BatchT], transfer: Transfer) -> dist.P2POp:

@@ -31,7 +31,8 @@ from megatron_bert_tp.training.processes import (
     process_group,
 )
 from megatron_bert_tp.training.progress import MetricsFile, Reporter
-from megatron_bert_tp.training.run_directory import RunDirectory, checkpoint_to_resume, prepare
+from megatron_bert_tp.training.resume import changed_settings, checkpoint_to_resume, samples_done
+from megatron_bert_tp.training.run_directory import RunDirectory, prepare
 from megatron_bert_tp.training.texts import Texts, open_texts
 from megatron_bert_tp.training.trainer import Pace, Trainer
 
@@ -57,7 +58,7 @@ def pretrain(config: Config, environment: LaunchEnvironment) -> None:
         trainer = build_trainer(config, mesh, texts, device, checkpoint)
         prepare(config, environment)
         reporter = stack.enter_context(_reporter(config, trainer.steps_done)) if environment.is_first else None
-        directory = RunDirectory(config, environment, mesh, reporter)
+        directory = RunDirectory(config, environment, mesh=mesh, device=device, reporter=reporter)
         directory.say(_opening(config, environment, texts, trainer, checkpoint))
         trainer.run(directory)
         directory.say(f"peak memory of a rank: {peak_memory(mesh, device):.2f} GiB")
@@ -92,9 +93,16 @@ def build_trainer(
         mesh=mesh,
         bucket_bytes=config.parallel.bucket_megabytes << 20,
     )
-    steps_done = checkpoint.step if checkpoint else 0
     return Trainer(
-        stage, optimizer, gradients, texts, mesh=mesh, device=device, pace=_pace(config), steps_done=steps_done
+        stage,
+        optimizer,
+        gradients,
+        texts,
+        mesh=mesh,
+        device=device,
+        pace=_pace(config),
+        steps_done=checkpoint.step if checkpoint else 0,
+        samples_done=samples_done(checkpoint) if checkpoint else 0,
     )
 
 
@@ -188,6 +196,8 @@ def _opening(
     parallel, mesh = config.parallel, trainer.mesh
     layers = ", ".join(str(len(plan.layers)) for plan in stage_plans(config))
     start = f"goes on from {checkpoint.directory}, step {checkpoint.step}" if checkpoint else "starts at step 0"
+    changed = changed_settings(checkpoint, config) if checkpoint else []
+    start += "".join(f"\nchanged since then: {change}" for change in changed)
     if trainer.steps_done >= config.optimizer.steps:
         start += f": already finished ({config.optimizer.steps} steps)"
     return (

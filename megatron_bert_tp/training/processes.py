@@ -38,6 +38,8 @@ def process_group(environment: LaunchEnvironment, device: torch.device, timeout:
         yield
         return
     is_gpu = device.type == "cuda"
+    if is_gpu:
+        torch.cuda.set_device(device)  # NCCL's grouped sends and receives run on the current device
     backend = "nccl" if is_gpu else "gloo"
     dist.init_process_group(backend, timeout=timeout, device_id=device if is_gpu else None)
     try:
@@ -77,7 +79,8 @@ def keep_freed_memory() -> bool:
     if mallopt is None:  # another C library than glibc
         return False
     settings = {_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: (1 << 31) - 1, _M_TOP_PAD: 1 << 26}
-    return all(mallopt(key, value) == 1 for key, value in settings.items())
+    accepted = [mallopt(key, value) == 1 for key, value in settings.items()]
+    return all(accepted)
 
 
 def peak_memory(mesh: ParallelMesh, device: torch.device) -> float:

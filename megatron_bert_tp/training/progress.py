@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from megatron_bert_tp.errors import TrainingError
+
 Record = Mapping[str, float | int | str]
 
 
@@ -26,8 +28,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, steps_done: int) -> None:
         """Records after ``steps_done`` belong to steps that are run again, and are cut off."""
-        if path.exists():
-            _keep_records(path, steps_done)
+        self.earlier = _keep_records(path, steps_done) if path.exists() else []
+        """Records of the steps that are done."""
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
@@ -43,14 +45,20 @@ class MetricsFile:
 def read_records(path: Path) -> list[dict[str, float | int | str]]:
     """All whole records of a metrics file; a last line that was cut off by a crash is left out."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines if line]
+    try:
+        return [json.loads(line) for line in lines if line]
+    except ValueError as error:
+        raise TrainingError(
+            f"{path}: has a line that is no JSON ({error}); mend or move the file away"
+        ) from error
 
 
-def _keep_records(path: Path, steps_done: int) -> None:
+def _keep_records(path: Path, steps_done: int) -> list[dict[str, float | int | str]]:
     kept = [record for record in read_records(path) if int(record["step"]) <= steps_done]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(partial, path)
+    return kept
 
 
 class Reporter(AbstractContextManager["Reporter"]):
@@ -86,6 +94,11 @@ class Reporter(AbstractContextManager["Reporter"]):
     def say(self, text: str) -> None:
         """One line on the console."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def lacks_evaluation(self, steps_done: int) -> bool:
+        """Whether metrics.jsonl ends with step ``steps_done`` and has no evaluation of it."""
+        kinds = {record["kind"] for record in self._metrics.earlier if record["step"] == steps_done}
+        return kinds == {"step"}
 
     def step(self, record: Record) -> None:
         """Report one optimizer step."""

@@ -43,9 +43,14 @@ def open_texts(config: Config, data: Axis) -> Texts:
             f"{config.data.tokenizer} has {tokenizer.size} entries, but model.vocab_size is "
             f"{config.model.vocab_size}; set model.vocab_size={tokenizer.size} or take the model's own tokenizer"
         )
+    if tokenizer.vocabulary.pad_id != config.model.pad_token_id:
+        raise DataError(
+            f"[PAD] has the id {tokenizer.vocabulary.pad_id} in {config.data.tokenizer}, but model.pad_token_id "
+            f"is {config.model.pad_token_id}; set model.pad_token_id={tokenizer.vocabulary.pad_id}"
+        )
     corpus = Corpus.open(Path(config.data.corpus))
     check_tokenizer(corpus, sha256=tokenizer.sha256, lowercase=tokenizer.lowercase)
-    check_token_ids(corpus, config.model.vocab_size)
+    check_token_ids(corpus, tokenizer.size)
     training, validation, _test = split_documents(corpus.num_documents, config.data.split)
     evaluates = config.run.evaluation_samples > 0
     return Texts(

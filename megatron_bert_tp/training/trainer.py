@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -19,6 +20,7 @@ from megatron_bert_tp.parallel.collectives import sum_over_
 from megatron_bert_tp.parallel.gradients import Gradients
 from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
 from megatron_bert_tp.pipeline.executor import Executor
+from megatron_bert_tp.pipeline.messages import check_messages
 from megatron_bert_tp.pipeline.schedule import Program, programs
 from megatron_bert_tp.training.run_directory import RunDirectory
 from megatron_bert_tp.training.texts import Texts
@@ -65,30 +67,35 @@ class Trainer:
         mesh: ParallelMesh,
         device: torch.device,
         pace: Pace,
-        steps_done: int,
+        steps_done: int = 0,
+        samples_done: int = 0,
     ) -> None:
         self.stage, self.optimizer, self.gradients, self.texts = stage, optimizer, gradients, texts
         self.mesh, self.device, self.pace = mesh, device, pace
-        self.steps_done = steps_done
+        self.steps_done, self.samples_done = steps_done, samples_done
         self._programs: dict[tuple[str, int], Program] = {}
         self._held_out: list[Batch] | None = None
 
     def run(self, directory: RunDirectory) -> None:
         """Train to the last step; saves and evaluates on the way and at the end."""
-        seconds: list[float] = []
+        seconds: deque[float] = deque(maxlen=50)
+        if self._is_evaluated and directory.lacks_evaluation(self.steps_done):
+            directory.report_evaluation(self._evaluation_record())
         while self.steps_done < self.pace.steps:
             started = time.perf_counter()
             report = self.train_step()
             seconds.append(time.perf_counter() - started)
             directory.report_step(_record(report, seconds, self.pace.steps))
             if self._is_due(self.pace.save_every):
-                directory.save(self.stage, self.optimizer, self.steps_done, self.pace.global_batch)
-            if self._is_due(self.pace.evaluate_every) and self.texts.validation is not None:
+                directory.save(
+                    self.stage, self.optimizer, steps_done=self.steps_done, samples_done=self.samples_done
+                )
+            if self._is_evaluated:
                 directory.report_evaluation(self._evaluation_record())
 
     def train_step(self) -> StepReport:
         """One optimizer step over the global batch."""
-        batches = [batch.to(self.device) for batch in self.texts.training.take(self.steps_done)]
+        batches = [batch.to(self.device) for batch in self.texts.training.take(self.samples_done)]
         counts = count(batches, self.mesh.data, self.device)
         self.gradients.clear()
         losses, tokens = self._run(self.pace.pipeline_schedule, batches, counts)
@@ -98,8 +105,8 @@ class Trainer:
         rate = learning_rate(self.steps_done, self.pace.schedule)
         step_(self.optimizer, rate)
         self.steps_done += 1
-        samples = self.steps_done * self.pace.global_batch
-        return StepReport(self.steps_done, samples, losses, norm, rate, tokens)
+        self.samples_done += self.pace.global_batch
+        return StepReport(self.steps_done, self.samples_done, losses, norm, rate, tokens)
 
     def evaluate(self) -> tuple[Losses, Counts]:
         """Losses on the held-out part: the same samples and masks every time, without dropout."""
@@ -131,7 +138,9 @@ class Trainer:
         key = schedule, num_microbatches
         if key not in self._programs:
             pipeline = self.mesh.pipeline
-            self._programs[key] = programs(schedule, pipeline.size, num_microbatches)[pipeline.rank]
+            of_all_stages = programs(schedule, pipeline.size, num_microbatches)
+            check_messages(of_all_stages)
+            self._programs[key] = of_all_stages[pipeline.rank]
         return self._programs[key]
 
     def _held_out_batches(self) -> list[Batch]:
@@ -155,6 +164,11 @@ class Trainer:
         total = torch.tensor([loss * own], dtype=torch.float64, device=self.device)
         return sum_over_(total, self.mesh.data).item() / max(1, counts.masked)
 
+    @property
+    def _is_evaluated(self) -> bool:
+        """Whether the step just done is one after which the held-out part is looked at."""
+        return self.texts.validation is not None and self._is_due(self.pace.evaluate_every)
+
     def _is_due(self, every: int) -> bool:
         return self.steps_done % every == 0 or self.steps_done == self.pace.steps
 
@@ -162,7 +176,7 @@ class Trainer:
         """Stop before the weights move; all ranks hold the same numbers and so decide alike."""
         if math.isfinite(losses.loss) and math.isfinite(norm):
             return
-        first = self.steps_done * self.pace.global_batch
+        first = self.samples_done
         raise TrainingError(
             f"step {self.steps_done + 1}: loss {losses.loss}, gradient norm {norm}; both must be finite. The "
             f"weights are those after step {self.steps_done}; the step's samples are {first} to "
@@ -175,7 +189,7 @@ def _loss_fields(losses: Losses) -> dict[str, float | int | str]:
     return {"loss": losses.loss, **asdict(losses)}
 
 
-def _record(report: StepReport, seconds: Sequence[float], steps: int) -> dict[str, float | int | str]:
+def _record(report: StepReport, seconds: deque[float], steps: int) -> dict[str, float | int | str]:
     return {
         "step": report.step,
         "samples": report.samples,
@@ -185,5 +199,5 @@ def _record(report: StepReport, seconds: Sequence[float], steps: int) -> dict[st
         "tokens": report.tokens,
         "tokens_per_second": report.tokens / seconds[-1],
         "seconds": seconds[-1],
-        "seconds_left": (steps - report.step) * median(seconds[-50:]),
+        "seconds_left": (steps - report.step) * median(seconds),
     }

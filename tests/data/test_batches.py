@@ -112,20 +112,20 @@ def test_an_epoch_has_every_span_once_and_masks_of_its_own(corpus, vocabulary):
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_data_ranks_share_the_same_samples_for_any_size(corpus, vocabulary, size):
     alone = {}
-    for batch in make_batches(corpus, vocabulary).take(3):
+    for batch in make_batches(corpus, vocabulary).take(48):
         alone.update(samples_of(batch))
     assert sorted(alone) == list(range(48, 64))
     dealt = {}
     for rank in range(size):
         share = BatchShare(global_batch=16, microbatch=4, data_rank=rank, data_size=size)
-        for batch in make_batches(corpus, vocabulary, share=share).take(3):
+        for batch in make_batches(corpus, vocabulary, share=share).take(48):
             dealt.update(samples_of(batch))
     assert dealt == alone
 
 
 def test_microbatches_of_a_step_equal_those_built_alone(corpus, vocabulary):
     batches = make_batches(corpus, vocabulary, short_share=1.0, sequence_length=128)
-    microbatches = batches.take(7)
+    microbatches = batches.take(112)
     assert len({batch.input_ids.shape for batch in microbatches}) > 1
     for batch in microbatches:
         alone = batches.batch(np.array(batch.sample_numbers))

@@ -25,12 +25,12 @@ def test_order_depends_on_seed_and_number_alone():
 @pytest.mark.parametrize("microbatch", [1, 3, 6])
 def test_microbatches_of_a_step_do_not_depend_on_the_number_of_data_ranks(microbatch):
     for step in range(3):
-        alone = BatchShare(global_batch=36, microbatch=microbatch).numbers_of_step(step)
+        alone = BatchShare(global_batch=36, microbatch=microbatch).numbers_from(36 * step)
         assert np.concatenate(alone).tolist() == list(range(36 * step, 36 * step + 36))
         for size in (2, 3):
             dealt = [
-                BatchShare(global_batch=36, microbatch=microbatch, data_rank=rank, data_size=size).numbers_of_step(
-                    step
+                BatchShare(global_batch=36, microbatch=microbatch, data_rank=rank, data_size=size).numbers_from(
+                    36 * step
                 )
                 for rank in range(size)
             ]

@@ -1,0 +1,117 @@
+"""Failures of some rank, on real ranks: known to all where they agree, and told by the rank that has them."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_bert_tp.config.environment import LaunchEnvironment
+from megatron_bert_tp.errors import DataError
+from megatron_bert_tp.training.failures import first_failure, telling
+from tests.support import CPU
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from megatron_bert_tp.config.command_line import run_command
+from megatron_bert_tp.config.environment import read_environment
+from megatron_bert_tp.errors import DataError
+from megatron_bert_tp.training.failures import telling
+from megatron_bert_tp.training.processes import process_group
+
+def main(failing):
+    environment = read_environment()
+    with process_group(environment, torch.device("cpu"), timedelta(seconds=60)), telling(environment):
+        dist.barrier()
+        if str(environment.rank) in failing:
+            raise DataError("the corpus is damaged")
+        dist.all_reduce(torch.zeros(1))
+
+sys.exit(run_command(main, usage="usage"))
+"""
+
+
+def agreed(texts: list[str | None]) -> str | None:
+    return first_failure(texts[dist.get_rank()], CPU)
+
+
+@pytest.mark.parametrize(
+    ("texts", "first"),
+    [
+        ([None, None, None, None], None),
+        ([None, None, "full", None], "full"),
+        ([None, "late", None, "later"], "late"),
+        (["first", "second", None, None], "first"),
+        ([None, "", None, None], "unknown failure"),
+        ([None, None, None, "ä" * 1500], "ä" * 1000),
+        ([None, None, None, "-" + "ä" * 1500], "-" + "ä" * 999),
+    ],
+)
+def test_all_ranks_get_the_text_of_the_first_that_failed(ranks, texts, first):
+    assert ranks.run(4, agreed, texts) == [first] * 4
+
+
+def test_one_process_agrees_with_itself():
+    assert first_failure("full", CPU) == "full"
+    assert first_failure(None, CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (DataError("no corpus"), "error: no corpus\n"),
+        (FileExistsError(17, "File exists", "/runs/a"), "error: /runs/a: File exists; check"),
+        (OSError(28, "No space left on device"), "error: No space left on device; check"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_message(capsys, error, told):
+    with pytest.raises(SystemExit) as caught, telling(LaunchEnvironment()):
+        raise error
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(told)
+
+
+def test_a_bug_keeps_its_traceback(capsys):
+    with pytest.raises(ZeroDivisionError), telling(LaunchEnvironment()):
+        _ = 1 // 0
+    assert capsys.readouterr().err == ""
+
+
+def launched(folder: Path, *failing: str) -> str:
+    """What two ranks under torchrun say on stderr, where the ranks ``failing`` raise."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    started = time.monotonic()
+    done = subprocess.run(
+        [*command, *failing],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert time.monotonic() - started < 20
+    return done.stderr
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_fails_alone_is_heard_under_torchrun(tmp_path, rank):
+    told = launched(tmp_path, rank)
+    assert told.count("the corpus is damaged") == 1, told
+    assert ("error on rank 1: the corpus" if rank == "1" else "error: the corpus") in told
+
+
+def test_what_hits_all_ranks_is_told_once_under_torchrun(tmp_path):
+    told = launched(tmp_path, "0", "1")
+    assert told.count("the corpus is damaged") == 1, told
+    assert "error: the corpus is damaged" in told

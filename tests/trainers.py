@@ -1,0 +1,123 @@
+"""The trainer of `pretrain` on any layout: over the corpus of the tests, or over microbatches made by hand."""
+
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bert_tp.config.environment import LaunchEnvironment
+from megatron_bert_tp.config.load import load_config
+from megatron_bert_tp.config.schema import Config
+from megatron_bert_tp.data.batches import Batch
+from megatron_bert_tp.model.shape import ModelShape
+from megatron_bert_tp.model.stage import load_
+from megatron_bert_tp.objectives.pretraining import Counts, Losses
+from megatron_bert_tp.parallel.mesh import Axis
+from megatron_bert_tp.training.build import build_trainer, pretrain
+from megatron_bert_tp.training.texts import open_texts
+from megatron_bert_tp.training.trainer import Trainer
+from tests.comparison import StepRecord, gradient_pieces, weight_pieces
+from tests.support import CPU, LENGTHS, Layout, Recipe, batches_of_step, build_mesh
+
+MADE_SAMPLES = sum(map(len, LENGTHS))
+
+
+class MadeBatches:
+    """Stands for `PretrainingBatches`: the microbatches of `batches_of_step`, dealt out in the same way."""
+
+    def __init__(self, shape: ModelShape, data: Axis) -> None:
+        self._shape, self._data = shape, data
+
+    def take(self, samples_done: int) -> list[Batch]:
+        step, rest = divmod(samples_done, MADE_SAMPLES)
+        assert rest == 0
+        return batches_of_step(step, shape=self._shape)[self._data.rank :: self._data.size]
+
+
+def configure(settings: Path, recipe: Recipe, layout: Layout, *overrides: str) -> Config:
+    """Settings of the tests with those of ``recipe`` and ``layout`` over them, and ``overrides`` last."""
+    values = {f"model.{name}": value for name, value in asdict(recipe.shape).items()}
+    values |= {
+        "data.sequence_length": min(24, recipe.shape.max_position_embeddings),
+        "optimizer.precision": str(recipe.dtype).removeprefix("torch."),
+        "optimizer.seed": recipe.seed,
+        "optimizer.steps": recipe.num_steps,
+        "optimizer.learning_rate": recipe.rate,
+        "optimizer.final_learning_rate": recipe.final_rate,
+        "optimizer.warmup_steps": 0,
+        "optimizer.clip_norm": recipe.clip_norm,
+        "parallel.pipeline": layout.pipeline,
+        "parallel.tensor": layout.tensor,
+        "parallel.schedule": layout.schedule,
+    }
+    given = [f"{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in values.items()]
+    return load_config(settings, [*given, *overrides], world_size=layout.world)
+
+
+def trainer_of(config: Config, layout: Layout) -> Trainer:
+    """New trainer of this rank over the corpus, as `pretrain` builds it."""
+    mesh = build_mesh(layout)
+    return build_trainer(config, mesh, open_texts(config, mesh.data), CPU, None)
+
+
+def trainer_of_made(
+    settings: Path, recipe: Recipe, layout: Layout, weights: Mapping[str, Tensor] | None = None
+) -> Trainer:
+    """New trainer of this rank over microbatches made by hand, from the seed or from whole weights."""
+    config = configure(
+        settings, recipe, layout, f"optimizer.global_batch={MADE_SAMPLES * layout.data}", "parallel.microbatch=1"
+    )
+    mesh = build_mesh(layout)
+    texts = SimpleNamespace(training=MadeBatches(recipe.shape, mesh.data), validation=None)
+    trainer = build_trainer(config, mesh, texts, CPU, None)
+    if weights is not None:
+        load_(trainer.stage, weights)
+    return trainer
+
+
+def steps_of(trainer: Trainer, num_steps: int) -> list[StepRecord]:
+    """What this rank holds after each of the next steps."""
+    records = []
+    for _ in range(num_steps):
+        report = trainer.train_step()
+        parts = trainer.stage.parts()
+        records.append(StepRecord(report.losses, report.grad_norm, gradient_pieces(parts), weight_pieces(parts)))
+    return records
+
+
+def train(settings: Path, recipe: Recipe, layout: Layout, *overrides: str) -> list[StepRecord]:
+    """Whole training of one rank over the corpus: a function that the pool runs."""
+    return steps_of(trainer_of(configure(settings, recipe, layout, *overrides), layout), recipe.num_steps)
+
+
+def train_on_made(
+    settings: Path, recipe: Recipe, layout: Layout, weights: Mapping[str, Tensor] | None = None
+) -> list[StepRecord]:
+    """The same over microbatches made by hand."""
+    return steps_of(trainer_of_made(settings, recipe, layout, weights), recipe.num_steps)
+
+
+def evaluate(settings: Path, recipe: Recipe, layout: Layout, *overrides: str) -> tuple[int, Losses, Counts]:
+    """Microbatches of this rank, and the losses on the held-out part before the first step."""
+    config = configure(settings, recipe, layout, *overrides)
+    trainer = trainer_of(config, layout)
+    assert trainer.texts.validation is not None
+    num_microbatches = len(trainer.texts.validation.evaluation(config.run.evaluation_samples))
+    losses, counts = trainer.evaluate()
+    assert trainer.stage.training, "dropout is back on"
+    assert not trainer.gradients.present()
+    return num_microbatches, losses, counts
+
+
+def run(settings: Path, recipe: Recipe, layout: Layout, *overrides: str) -> None:
+    """A whole run of one rank, with its folder; the pool has made the process group already."""
+    config = configure(settings, recipe, layout, *overrides)
+    environment = LaunchEnvironment(rank=dist.get_rank(), world_size=dist.get_world_size())
+    with patch("megatron_bert_tp.training.build.process_group", lambda *_: nullcontext()):
+        pretrain(config, environment)
