@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from megatron_bert_tp.data.batches import Batch
 from megatron_bert_tp.model.shape import ModelShape, tensor_shapes
 from tests.comparison import is_key_bias, join_steps, relative_errors
-from tests.support import IGNORED, ODD_SHAPE, Layout, Recipe, batches_of_step, predict, train
+from tests.support import IGNORED, ODD_SHAPE, Layout, Recipe, batches_of_step, predict
+from tests.trainers import train_on_made
 
 RECIPE = Recipe(dtype=torch.float32, num_steps=10)
 UNTIED = replace(RECIPE, shape=replace(ODD_SHAPE, tie_word_embeddings=False), num_steps=3)
@@ -90,11 +92,17 @@ def as_one_batch(batches: list[Batch]) -> dict[str, Tensor]:
     return {key: torch.cat(values) for key, values in fields.items()}
 
 
+def groups(parameters: dict[str, Tensor]) -> list[dict[str, object]]:
+    """As in BERT's own training: a decay of 0.01, but not on biases and LayerNorms, which have one dim."""
+    by_dim = [[p for p in parameters.values() if (p.dim() > 1) == is_decayed] for is_decayed in (True, False)]
+    return [{"params": by_dim[0], "weight_decay": 0.01}, {"params": by_dim[1], "weight_decay": 0.0}]
+
+
 def run_reference(recipe: Recipe) -> Reference:
     model = build_transformers_model(recipe.shape)
     parameters = parameters_by_name(model, recipe.shape)
     initial = fill_at_random_(parameters)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, eps=1e-8)
+    optimizer = torch.optim.AdamW(groups(parameters), lr=recipe.rate, eps=1e-8)
     losses, gradients, key_bias = [], [], []
     for step in range(recipe.num_steps):
         batch = as_one_batch(batches_of_step(step, shape=recipe.shape))
@@ -142,9 +150,10 @@ def test_logits_equal_transformers(ranks, reference_of, layout):
         assert (ours - theirs).abs().max() < LOGITS
 
 
-def assert_follows_transformers(ranks, reference: Reference, recipe: Recipe, layout: Layout) -> None:
-    names = list(reference.initial)
-    steps = join_steps(ranks.run(layout.world, train, recipe, layout, names, reference.initial))
+def assert_follows_transformers(
+    ranks, settings: Path, reference: Reference, recipe: Recipe, layout: Layout
+) -> None:
+    steps = join_steps(ranks.run(layout.world, train_on_made, settings, recipe, layout, reference.initial))
     for step, loss in zip(steps, reference.losses, strict=True):
         assert step.losses.loss == pytest.approx(loss, rel=GRADIENTS)
     errors = relative_errors(steps[0].gradients, reference.first_gradients)
@@ -167,18 +176,18 @@ def assert_same_key_biases(steps, reference: Reference, recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
-def test_ten_steps_of_adamw_equal_a_plain_loop_over_transformers(ranks, reference_of, layout):
-    assert_follows_transformers(ranks, reference_of(RECIPE), RECIPE, layout)
+def test_ten_steps_of_adamw_equal_a_plain_loop_over_transformers(ranks, data, reference_of, layout):
+    assert_follows_transformers(ranks, data, reference_of(RECIPE), RECIPE, layout)
 
 
-def test_untied_embeddings_follow_transformers_too(ranks, reference_of):
-    assert_follows_transformers(ranks, reference_of(UNTIED), UNTIED, Layout(pipeline=2, tensor=2))
+def test_untied_embeddings_follow_transformers_too(ranks, data, reference_of):
+    assert_follows_transformers(ranks, data, reference_of(UNTIED), UNTIED, Layout(pipeline=2, tensor=2))
 
 
-def test_padding_row_is_not_trained_by_the_lookup(ranks, reference_of):
+def test_padding_row_is_not_trained_by_the_lookup(ranks, data, reference_of):
     """With untied weights it has no gradient at all, though [PAD] stands among the attended tokens."""
     recipe = replace(UNTIED, num_steps=1)
     name = "bert.embeddings.word_embeddings.weight"
-    (step,) = join_steps(ranks.run(2, train, recipe, Layout(tensor=2), list(tensor_shapes(recipe.shape))))
+    (step,) = join_steps(ranks.run(2, train_on_made, data, recipe, Layout(tensor=2)))
     assert not step.gradients[name][0].any()
     assert not reference_of(UNTIED).first_gradients[name][0].any()

@@ -18,7 +18,6 @@ from megatron_bert_tp.data.batches import Batch
 from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.model.stage import load_
 from megatron_bert_tp.objectives.pretraining import Counts, Losses
-from megatron_bert_tp.parallel.mesh import Axis
 from megatron_bert_tp.training.build import build_trainer, pretrain
 from megatron_bert_tp.training.texts import open_texts
 from megatron_bert_tp.training.trainer import Trainer
@@ -29,15 +28,15 @@ MADE_SAMPLES = sum(map(len, LENGTHS))
 
 
 class MadeBatches:
-    """Stands for `PretrainingBatches`: the microbatches of `batches_of_step`, dealt out in the same way."""
+    """Stands for `PretrainingBatches` of a single replica: the microbatches of `batches_of_step`."""
 
-    def __init__(self, shape: ModelShape, data: Axis) -> None:
-        self._shape, self._data = shape, data
+    def __init__(self, shape: ModelShape) -> None:
+        self._shape = shape
 
     def take(self, samples_done: int) -> list[Batch]:
         step, rest = divmod(samples_done, MADE_SAMPLES)
         assert rest == 0
-        return batches_of_step(step, shape=self._shape)[self._data.rank :: self._data.size]
+        return batches_of_step(step, shape=self._shape)
 
 
 def configure(settings: Path, recipe: Recipe, layout: Layout, *overrides: str) -> Config:
@@ -70,11 +69,11 @@ def trainer_of_made(
     settings: Path, recipe: Recipe, layout: Layout, weights: Mapping[str, Tensor] | None = None
 ) -> Trainer:
     """New trainer of this rank over microbatches made by hand, from the seed or from whole weights."""
-    config = configure(
-        settings, recipe, layout, f"optimizer.global_batch={MADE_SAMPLES * layout.data}", "parallel.microbatch=1"
-    )
+    assert layout.data == 1
+    sizes = f"optimizer.global_batch={MADE_SAMPLES}", "parallel.microbatch=1"
+    config = configure(settings, recipe, layout, *sizes)
     mesh = build_mesh(layout)
-    texts = SimpleNamespace(training=MadeBatches(recipe.shape, mesh.data), validation=None)
+    texts = SimpleNamespace(training=MadeBatches(recipe.shape), validation=None)
     trainer = build_trainer(config, mesh, texts, CPU, None)
     if weights is not None:
         load_(trainer.stage, weights)

@@ -1,4 +1,4 @@
-"""Runs of sentences that samples are made of: ends found for all sentences at once, then a walk from end to end."""
+"""Runs of sentences that samples are made of: all possible ends at once, then a walk from end to end."""
 
 from dataclasses import dataclass
 

@@ -1,5 +1,6 @@
 """Small models saved at simulated layouts: every rank's part of the work is done in this one process."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,24 @@ from megatron_bert_tp.pipeline.partition import partition
 
 ODD = ModelShape(1003, 16, 5, 4, 32, 16, 2)  # 1003 entries pad on tensor 2 and 4; 5 layers split 3 + 2
 TINY = ModelShape(9, 8, 1, 4, 8, 8, 2)  # on tensor 4, two ranks have no row of the vocabulary
+
+
+class Agreement:
+    """What `first_failure` does among processes, among threads that stand for ranks."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._barrier = threading.Barrier(num_ranks)
+        self._told: list[str | None] = [None] * num_ranks
+
+    def of(self, rank: int) -> Callable[[str | None], str | None]:
+        def agree(failure: str | None) -> str | None:
+            self._told[rank] = failure
+            self._barrier.wait(30)
+            first = next(filter(None, self._told), None)
+            self._barrier.wait(30)  # nobody writes anew before all have read
+            return first
+
+        return agree
 
 
 def stages(shape: ModelShape, *, tensor: int = 1, pipeline: int = 1, seed: int = 3) -> list[MegatronBertStage]:

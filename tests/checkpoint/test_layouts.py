@@ -1,6 +1,7 @@
 """A checkpoint has no layout: whatever saved it, whatever reads it, the numbers are the same."""
 
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from megatron_bert_tp.errors import CheckpointError
 from megatron_bert_tp.model.initialisation import initial_tensor
 from megatron_bert_tp.model.shape import ModelShape, tensor_shapes
 from megatron_bert_tp.model.stage import MegatronBertStage
-from tests.checkpoint.layouts import ODD, TINY, held, save, stages, whole
+from megatron_bert_tp.training.failures import first_failure
+from tests.checkpoint.layouts import ODD, TINY, Agreement, held, save, stages, whole
+from tests.support import CPU
 
 UNTIED = ModelShape(1003, 16, 5, 4, 32, 16, 2, tie_word_embeddings=False)
 LAYOUTS = [(1, 1), (2, 2), (4, 1), (1, 5)]
@@ -111,18 +114,18 @@ ALONE = {
     "attachments": {},
     "rank": 0,
     "world_size": 1,
-    "barrier": lambda: None,
+    "agree": lambda failure: failure,
     "keep_last": 1,
 }
 
 
 def test_ranks_without_rectangles_write_no_tensor_file(tmp_path):
-    barrier = threading.Barrier(3)
+    agree = Agreement(3)
     stage = stages(ODD)[0]
 
     def save_as(rank: int) -> None:
         given = held(stage) if rank == 1 else []
-        options = {**ALONE, "rank": rank, "world_size": 3, "barrier": barrier.wait}
+        options = {**ALONE, "rank": rank, "world_size": 3, "agree": agree.of(rank)}
         save_checkpoint(tmp_path, 5, given, **options)
 
     in_threads(3, save_as)
@@ -144,7 +147,7 @@ def in_threads(count: int, work) -> None:
 def save_as_rank(root: Path) -> str:
     rank = dist.get_rank()
     stage = stages(ODD, tensor=2, pipeline=2)[rank]
-    options = {**ALONE, "rank": rank, "world_size": 4, "barrier": dist.barrier}
+    options = {**ALONE, "rank": rank, "world_size": 4, "agree": partial(first_failure, device=CPU)}
     return str(save_checkpoint(root, 7, held(stage), **options))
 
 

@@ -23,7 +23,7 @@ from megatron_bert_tp.checkpoint.save import (
 )
 from megatron_bert_tp.checkpoint.slices import Rectangle
 from megatron_bert_tp.errors import CheckpointError
-from tests.checkpoint.layouts import TINY, held, save, stages
+from tests.checkpoint.layouts import TINY, Agreement, held, save, stages
 
 COMMIT = {"facts": {}, "attachments": {}, "keep_last": 2}
 
@@ -187,12 +187,12 @@ def test_the_same_step_can_be_saved_again(tmp_path):
 
 def saved_by_ranks(root: Path, given: list[list[Rectangle]], step: int = 2) -> list[Exception | None]:
     """What `save_checkpoint` raises on each of some ranks, which are threads."""
-    barrier = threading.Barrier(len(given))
+    agreement = Agreement(len(given))
     raised: list[Exception | None] = [None] * len(given)
 
     def work(rank: int) -> None:
         try:
-            options = {**COMMIT, "rank": rank, "world_size": len(given), "barrier": lambda: barrier.wait(30)}
+            options = {**COMMIT, "rank": rank, "world_size": len(given), "agree": agreement.of(rank)}
             save_checkpoint(root, step, given[rank], **options)
         except Exception as error:
             raised[rank] = error
@@ -211,9 +211,8 @@ def test_when_one_rank_cannot_write_all_ranks_raise_and_the_old_checkpoint_stays
     given[2].append(Rectangle("weight/odd", (1,), (0,), torch.zeros(1, dtype=torch.complex64)))
     raised = saved_by_ranks(tmp_path, given)
     assert all(isinstance(error, CheckpointError) for error in raised)
-    assert "complex64 cannot be saved" in str(raised[2])
-    assert "rank 2 could not write" in str(raised[0])
-    assert "another rank failed" in str(raised[1])
+    assert {str(error) for error in raised} == {str(raised[0])}
+    assert "weight/odd: complex64 cannot be saved" in str(raised[0])
     assert latest_checkpoint(tmp_path) == first
 
 
@@ -229,15 +228,39 @@ def test_when_rank_0_cannot_make_the_directory_all_ranks_raise(tmp_path):
     (tmp_path / "root").write_text("a file")
     raised = saved_by_ranks(tmp_path / "root", [held(stage) for stage in stages(TINY, tensor=2)])
     assert all(isinstance(error, CheckpointError) for error in raised)
-    assert "cannot be made" in str(raised[0])
+    assert all(f"{tmp_path}/root" in str(error) and "cannot be made" in str(error) for error in raised)
 
 
-def test_a_bug_in_one_rank_is_raised_there_after_the_barriers(tmp_path):
+def test_what_the_system_refuses_one_rank_is_the_message_of_all(tmp_path, monkeypatch):
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(saving, "record_of", refused)
+    raised = saved_by_ranks(tmp_path, [[], held(stages(TINY)[0])])
+    assert all(isinstance(error, CheckpointError) for error in raised)
+    assert all("rank_00001.safetensors" in str(error) for error in raised)
+
+
+def test_a_rank_whose_files_rank_0_does_not_see_is_named(tmp_path):
+    prepare_directory(tmp_path, 2)
+    write_rectangles(partial_directory(tmp_path, 2), 0, held(stages(TINY)[0]))
+    with pytest.raises(CheckpointError, match="rank 1 wrote it, but rank 0 does not see it.*all nodes share"):
+        commit_checkpoint(tmp_path, 2, 2, **COMMIT)
+
+
+def test_other_ranks_do_not_look_at_what_rank_0_renames(tmp_path, monkeypatch):
+    """On a network file system they may see the old names for a while."""
+    monkeypatch.setattr(saving, "commit_checkpoint", lambda *_arguments, **_options: None)
+    assert saved_by_ranks(tmp_path, [held(stage) for stage in stages(TINY, tensor=2)]) == [None, None]
+
+
+def test_a_bug_in_one_rank_is_raised_there_and_named_on_the_others(tmp_path):
     given = [held(stage) for stage in stages(TINY, tensor=2)]
     given[1] = [None]  # type: ignore[list-item]
     raised = saved_by_ranks(tmp_path, given)
     assert isinstance(raised[1], AttributeError)
     assert isinstance(raised[0], CheckpointError)
+    assert "AttributeError on another rank" in str(raised[0])
 
 
 def test_a_full_disk_is_seen_before_writing(tmp_path, monkeypatch):

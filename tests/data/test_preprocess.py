@@ -1,6 +1,8 @@
 import json
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +81,62 @@ def test_unusable_input_is_one_message_and_exit_2(tmp_path, vocabulary_file, cap
     assert told in message
     assert "Traceback" not in message
     assert not list(tmp_path.glob("out.*"))
+
+
+def told_by(capsys, *arguments) -> str:
+    """Message of a command that must fail, without a traceback."""
+    assert run(*arguments) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def test_output_that_cannot_be_written_is_named(tmp_path, vocabulary_file, capsys):
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "file").write_text("in the way")
+    place = tmp_path / "file" / "out"
+    told = told_by(capsys, tmp_path / "a.txt", "--tokenizer", vocabulary_file, "--output", place)
+    assert f"{place}.bin: cannot be written" in told
+    assert "choose another --output" in told
+    told = told_by(capsys, "train-tokenizer", tmp_path / "a.txt", "--size", 200, "--output", place)
+    assert f"{place}: cannot be written" in told
+    (tmp_path / "out.bin").mkdir()
+    told = told_by(capsys, tmp_path / "a.txt", "--tokenizer", vocabulary_file, "--output", tmp_path / "out")
+    assert "out.bin: cannot be written" in told
+    assert [path.name for path in tmp_path.glob("out.*")] == ["out.bin"]
+
+
+@pytest.mark.parametrize("num_documents", [300, 3000])  # the disk is full when closing, or when writing
+def test_a_disk_that_fills_is_named_and_nothing_is_left(tmp_path, vocabulary_file, capsys, num_documents):
+    (tmp_path / "a.txt").write_text("\n\n".join(["w5 w6 w7 w8. w9 w10 w11 w12."] * num_documents))
+    arguments = (tmp_path / "a.txt", "--tokenizer", vocabulary_file, "--output", tmp_path / "out")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        told = told_by(capsys, *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "out.bin: cannot be written" in told
+    assert not list(tmp_path.glob("out.*"))
+
+
+def test_input_that_cannot_be_read_is_named(tmp_path, vocabulary_file, capsys, monkeypatch):
+    """A superuser may read everything, so the refusal is made up."""
+    (tmp_path / "a.txt").write_text(TEXT)
+    opened = Path.open
+
+    def refusing(path, *arguments, **options):
+        if path.name in refused:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    for name in ("a.txt", vocabulary_file.name):
+        refused = {name}
+        arguments = (tmp_path / "a.txt", "--tokenizer", vocabulary_file, "--output", tmp_path / "out")
+        told = told_by(capsys, *arguments)
+        assert f"{name}: cannot be read" in told
+        assert "Permission denied" in told
 
 
 def test_output_never_replaces_an_input(tmp_path, vocabulary_file):

@@ -53,6 +53,17 @@ def test_every_sentence_of_a_usable_document_is_in_exactly_one_span(write_corpus
     assert (spans.last - spans.first).min() >= 2
 
 
+def test_spans_of_a_document_are_the_same_in_every_part(write_corpus):
+    shape = random_shape(30, seed=2, sentences=(2, 30))
+    corpus = write_corpus(numbered_documents(shape))
+    options = {"sequence_length": 32, "short_share": 0.3, "seed": 7}
+    whole = build_spans(corpus, np.arange(30), **options)
+    part = build_spans(corpus, np.array([4, 5, 28]), **options)
+    kept = np.isin(whole.document, [4, 5, 28])
+    for name in ("first", "last", "target"):
+        assert getattr(part, name).tolist() == getattr(whole, name)[kept].tolist()
+
+
 def test_targets_are_short_for_their_share_and_within_bounds(write_corpus):
     """5 sigma of a binomial."""
     corpus = write_corpus(numbered_documents([[1] * 20000, [1] * 20000]))

@@ -1,41 +1,33 @@
-"""Every message of a step, counted on real ranks and compared with a table that gives each a reason."""
+"""Every message of `Trainer.train_step`, counted on real ranks and compared with a table of reasons."""
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_bert_tp.data.batches import Batch
-from megatron_bert_tp.model.shape import tensor_shapes
+from megatron_bert_tp.model.shape import ModelShape, tensor_shapes
 from megatron_bert_tp.model.stage import MegatronBertStage
-from megatron_bert_tp.objectives.pretraining import count
+from megatron_bert_tp.parallel.gradients import Gradients
 from megatron_bert_tp.parallel.mesh import Axis, MeshShape, ParallelMesh
 from megatron_bert_tp.parallel.sharding import padded_share
-from megatron_bert_tp.pipeline.partition import StagePlan, partition
-from tests.support import (
-    CPU,
-    LENGTHS,
-    ODD_SHAPE,
-    Layout,
-    Recipe,
-    batches_of_step,
-    build_gradients,
-    build_mesh,
-    build_stage,
-    run_passes,
-    share_of_replica,
-    total_losses,
-    with_dropout,
-)
+from megatron_bert_tp.pipeline.executor import Executor
+from megatron_bert_tp.pipeline.partition import StagePlan
+from megatron_bert_tp.training.build import model_shape, stage_plans
+from megatron_bert_tp.training.texts import open_texts
+from tests.support import ODD_SHAPE, Layout, Recipe, with_dropout
+from tests.trainers import configure, trainer_of
 
-RECIPE = Recipe(shape=with_dropout(ODD_SHAPE))
-ONE_BUCKET = 1 << 30
+RECIPE = Recipe(shape=with_dropout(replace(ODD_SHAPE, vocab_size=101)), clip_norm=0.5)
 HIDDEN = RECIPE.shape.hidden_size
-NAMES = list(tensor_shapes(RECIPE.shape))
+NUM_TENSORS = len(tensor_shapes(RECIPE.shape))
+# Two losses, two numbers of hits, and the tokens.
+NUM_STATISTICS = 5
 AXES = ("data", "pipeline", "tensor", "tied")
 OTHERS = (
     "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "all_to_all_single", "barrier",
@@ -76,6 +68,7 @@ class Recorder:
     @contextmanager
     def listening(self) -> Iterator[None]:
         all_reduce, exchange, backward = dist.all_reduce, dist.batch_isend_irecv, torch.autograd.backward
+        run, reduce_and_norm = Executor.run, Gradients.reduce_and_norm
         others = {name: getattr(dist, name) for name in OTHERS}
 
         def recorded_all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
@@ -93,8 +86,21 @@ class Recorder:
             backward(*args, **kwargs)
             self.phase = "forward"
 
+        def marked_run(*args, **kwargs):
+            self.phase = "forward"
+            statistics = run(*args, **kwargs)
+            self.phase = "report"
+            return statistics
+
+        def marked_norm(*args, **kwargs):
+            self.phase = "gradients"
+            norm = reduce_and_norm(*args, **kwargs)
+            self.phase = "update"
+            return norm
+
         dist.all_reduce, dist.batch_isend_irecv = recorded_all_reduce, recorded_exchange
         torch.autograd.backward = marked_backward
+        Executor.run, Gradients.reduce_and_norm = marked_run, marked_norm
         for name in OTHERS:
             setattr(dist, name, lambda *_args, called=name, **_kwargs: self.write(called, None, -1))
         try:
@@ -102,25 +108,18 @@ class Recorder:
         finally:
             dist.all_reduce, dist.batch_isend_irecv = all_reduce, exchange
             torch.autograd.backward = backward
+            Executor.run, Gradients.reduce_and_norm = run, reduce_and_norm
             for name, function in others.items():
                 setattr(dist, name, function)
 
 
-def calls_of_step(layout: Layout) -> list[Call]:
-    """One step of training on this rank, from counting labels to the reported losses."""
-    mesh = build_mesh(layout)
-    stage = build_stage(RECIPE, mesh)
-    gradients = build_gradients(stage, mesh, NAMES, bucket_bytes=ONE_BUCKET)
-    batches = share_of_replica(batches_of_step(0, shape=RECIPE.shape), mesh)
-    recorder = Recorder(mesh)
+def calls_of_step(settings: Path, recipe: Recipe, layout: Layout) -> list[Call]:
+    """The second step of training on this rank, as the trainer takes it."""
+    trainer = trainer_of(configure(settings, recipe, layout), layout)
+    trainer.train_step()
+    recorder = Recorder(trainer.mesh)
     with recorder.listening():
-        counts = count(batches, mesh.data, CPU)
-        recorder.phase = "forward"
-        statistics = run_passes(stage, mesh, batches, counts, layout.schedule)
-        recorder.phase = "gradients"
-        gradients.clip_(gradients.reduce_and_norm(), 0.5)
-        recorder.phase = "report"
-        total_losses(statistics, counts, mesh)
+        trainer.train_step()
     return recorder.calls
 
 
@@ -129,27 +128,25 @@ class Place:
     """What the table needs to know about one rank."""
 
     layout: Layout
-    stage: int
-    replica: int
+    shape: ModelShape
+    plan: StagePlan
     shard: int
-
-    @property
-    def plan(self) -> StagePlan:
-        return partition(RECIPE.shape.num_hidden_layers, self.layout.pipeline)[self.stage]
-
-    @property
-    def batches(self) -> list[Batch]:
-        share = len(LENGTHS) // self.layout.data
-        return batches_of_step(0, shape=RECIPE.shape)[self.replica * share :][:share]
+    batches: list[Batch]
 
     @property
     def axis(self) -> Axis:
         return Axis("tensor", tuple(range(self.layout.tensor)), self.shard)
 
 
-def places(layout: Layout) -> list[Place]:
-    shape = MeshShape(pipeline=layout.pipeline, data=layout.data, tensor=layout.tensor)
-    return [Place(layout, *shape.place_of(rank)) for rank in range(layout.world)]
+def places(settings: Path, layout: Layout) -> Iterator[Place]:
+    """All ranks, each with the microbatches of the second step of its replica."""
+    config = configure(settings, RECIPE, layout)
+    sizes = MeshShape(pipeline=layout.pipeline, data=layout.data, tensor=layout.tensor)
+    for rank in range(layout.world):
+        stage, replica, shard = sizes.place_of(rank)
+        texts = open_texts(config, Axis("data", tuple(range(layout.data)), replica))
+        batches = texts.training.take(config.optimizer.global_batch)
+        yield Place(layout, model_shape(config), stage_plans(config)[stage], shard, batches)
 
 
 def hidden_elements(batch: Batch) -> int:
@@ -175,7 +172,7 @@ def on_tensor_axis(place: Place) -> Iterator[tuple[Call, int]]:
             # Input of the vocabulary projection, at the masked positions only.
             yield Call("sum", "tensor", "backward", masked * HIDDEN), 1
     # Squares of all tensors, for the norm.
-    yield Call("sum", "tensor", "gradients", len(NAMES)), 1
+    yield Call("sum", "tensor", "gradients", NUM_TENSORS), 1
 
 
 def on_pipeline_axis(place: Place) -> Iterator[tuple[Call, int]]:
@@ -184,23 +181,24 @@ def on_pipeline_axis(place: Place) -> Iterator[tuple[Call, int]]:
         # Messages are launched between the passes: hidden states onward, gradients back.
         yield Call("isend", "pipeline", "forward", hidden), (not place.plan.is_last) + (not place.plan.is_first)
         yield Call("irecv", "pipeline", "forward", hidden), (not place.plan.is_first) + (not place.plan.is_last)
-    yield Call("sum", "pipeline", "gradients", len(NAMES)), 1
+    yield Call("sum", "pipeline", "gradients", NUM_TENSORS), 1
+    # The last stage alone knows the losses.
+    yield Call("sum", "pipeline", "report", NUM_STATISTICS), 1
 
 
 def on_tied_axis(place: Place) -> Iterator[tuple[Call, int]]:
     if place.plan.is_first or place.plan.is_last:
         # The gradients of both uses of the word embeddings: this rank's rows.
-        yield Call("sum", "tied", "gradients", padded_share(RECIPE.shape.vocab_size, place.axis) * HIDDEN), 1
+        yield Call("sum", "tied", "gradients", padded_share(place.shape.vocab_size, place.axis) * HIDDEN), 1
 
 
 def on_data_axis(place: Place) -> Iterator[tuple[Call, int]]:
     # Numbers of masked tokens and of pairs in the whole step.
     yield Call("sum", "data", "count", 2), 1
-    stage = MegatronBertStage(RECIPE.shape, place.plan, axis=place.axis)
+    # One bucket holds all gradients of so small a model.
+    stage = MegatronBertStage(place.shape, place.plan, axis=place.axis)
     yield Call("sum", "data", "gradients", sum(parameter.numel() for parameter in stage.parameters())), 1
-    if place.plan.is_last:
-        # Two losses and two numbers of hits.
-        yield Call("sum", "data", "report", 4), 1
+    yield Call("sum", "data", "report", NUM_STATISTICS), 1
 
 
 def table(place: Place) -> Counter[Call]:
@@ -219,35 +217,31 @@ def table(place: Place) -> Counter[Call]:
     return expected
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_step_sends_what_the_table_says_and_nothing_else(ranks, layout):
-    for place, calls in zip(places(layout), ranks.run(layout.world, calls_of_step, layout), strict=True):
+def name_of(layout: Layout) -> str:
+    return f"data{layout.data}-pipeline{layout.pipeline}-tensor{layout.tensor}-{layout.schedule}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+def test_a_step_sends_what_the_table_says_and_nothing_else(ranks, data, layout):
+    answers = ranks.run(layout.world, calls_of_step, data, RECIPE, layout)
+    for place, calls in zip(places(data, layout), answers, strict=True):
+        assert len(place.batches) == 4 // layout.data
         expected = table(place)
         found = Counter(calls)
         assert found - expected == Counter(), f"more than the table at {place}"
         assert expected - found == Counter(), f"less than the table at {place}"
 
 
-@pytest.mark.parametrize("num_layers", [1, 3])
-def test_a_layer_costs_two_sums_forward_and_two_backward_per_microbatch(ranks, num_layers):
+def test_a_layer_costs_two_sums_forward_and_two_backward_per_microbatch(ranks, data):
     """By difference, without the table: one layer more adds 2 + 2 sums of batch x sequence x hidden."""
-    recipe_calls = [ranks.run(2, calls_of_layers, layers)[0] for layers in (num_layers, num_layers + 1)]
-    more = Counter(recipe_calls[1]) - Counter(recipe_calls[0])
+    layout, found = Layout(tensor=2), []
+    for num_layers in (1, 2):
+        recipe = replace(RECIPE, shape=replace(RECIPE.shape, num_hidden_layers=num_layers))
+        calls = ranks.run(layout.world, calls_of_step, data, recipe, layout)[0]
+        found.append(Counter(call for call in calls if call.phase in ("forward", "backward")))
     expected = Counter()
-    for batch in batches_of_step(0, shape=RECIPE.shape):
+    for batch in next(places(data, layout)).batches:
         for phase in ("forward", "backward"):
             expected[Call("sum", "tensor", phase, hidden_elements(batch))] += 2
-    assert more == expected
-
-
-def calls_of_layers(num_layers: int) -> list[Call]:
-    """Passes of a model of so many layers at tensor 2."""
-    mesh = build_mesh(Layout(tensor=2))
-    recipe = replace(RECIPE, shape=replace(RECIPE.shape, num_hidden_layers=num_layers))
-    stage = build_stage(recipe, mesh)
-    batches = batches_of_step(0, shape=recipe.shape)
-    recorder = Recorder(mesh)
-    recorder.phase = "forward"
-    with recorder.listening():
-        run_passes(stage, mesh, batches, count(batches, mesh.data, CPU), "1f1b")
-    return recorder.calls
+    assert found[1] - found[0] == expected
+    assert found[0] - found[1] == Counter()

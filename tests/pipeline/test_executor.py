@@ -1,18 +1,21 @@
 """The executor on real ranks against torch's own 1F1B, one process, and the promise to keep little."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from megatron_bert_tp.data.batches import Batch
 from megatron_bert_tp.model.stage import MegatronBertStage, PretrainingLogits
 from megatron_bert_tp.objectives.pretraining import Counts, count, microbatch_loss
-from megatron_bert_tp.parallel.mesh import ParallelMesh
+from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
+from megatron_bert_tp.pipeline.executor import Executor
+from megatron_bert_tp.pipeline.schedule import Await, Compute, Launch, Phase, Transfer
 from tests.comparison import Piece, gradient_pieces, join
 from tests.support import (
     CPU,
@@ -172,6 +175,58 @@ def test_forward_only_gives_the_statistics_of_training_and_no_gradient(ranks, si
     evaluated = ranks.run(size, run_executor, Layout(pipeline=size, schedule="forward_only"), batches)
     assert all(answer.gradients == [] for answer in evaluated)
     assert torch.equal(torch.stack(evaluated[-1].statistics), torch.stack(trained[-1].statistics))
+
+
+@dataclass
+class Wrapped:
+    """A stage of a pipeline of two without peers: what it receives is put through ``compute``."""
+
+    compute: Callable[[Tensor], Tensor]
+    dtype: torch.dtype = torch.float64
+
+    def __call__(self, received: Tensor, _batch: None) -> Tensor:
+        return self.compute(received)
+
+    def boundary_shape(self, _batch: None) -> tuple[int, ...]:
+        return (2, 3)
+
+
+def run_last_stage(stage: Wrapped, monkeypatch: pytest.MonkeyPatch, *, num_messages: int, num_handles: int) -> None:
+    """A forward and a backward of the last stage whose messages arrive at once."""
+    handle = Work()
+    monkeypatch.setattr(dist, "P2POp", lambda *_arguments: None)
+    monkeypatch.setattr(dist, "batch_isend_irecv", lambda _operations: [handle] * num_handles)
+    executor = Executor(
+        stage, lambda output, _batch: (output.sum(), output), axis=Axis("pipeline", (0, 1), 1), device=CPU
+    )
+    transfers = tuple(Transfer(Phase.FORWARD, number, 0, 0, 1) for number in range(num_messages))
+    passes = (Compute(Phase.FORWARD, 0), Compute(Phase.BACKWARD, 0))
+    executor.run((Launch(transfers), Await(transfers), *passes), [None] * num_messages)
+
+
+class Work:
+    """A message that has arrived."""
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("num_messages", "num_handles"), [(1, 1), (2, 2), (3, 1)])
+def test_one_handle_for_all_messages_or_one_for_each(monkeypatch, num_messages, num_handles):
+    run_last_stage(Wrapped(torch.exp), monkeypatch, num_messages=num_messages, num_handles=num_handles)
+
+
+@pytest.mark.parametrize("num_handles", [0, 2, 4])
+def test_any_other_number_of_handles_is_noticed(monkeypatch, num_handles):
+    with pytest.raises(AssertionError, match=f"{num_handles} handles for 3 messages"):
+        run_last_stage(Wrapped(torch.exp), monkeypatch, num_messages=3, num_handles=num_handles)
+
+
+def test_a_stage_that_does_not_use_what_it_received_is_noticed(monkeypatch):
+    weight = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    stage = Wrapped(lambda received: weight * received.detach())
+    with pytest.raises(AssertionError, match="does not use what it received"):
+        run_last_stage(stage, monkeypatch, num_messages=1, num_handles=1)
 
 
 class _Held(torch.autograd.Function):
