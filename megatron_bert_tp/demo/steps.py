@@ -7,6 +7,7 @@ from megatron_bert_tp.data.preprocess import preprocess, train_tokenizer
 from megatron_bert_tp.data.text import TextLayout
 from megatron_bert_tp.demo.corpus import build_corpus
 from megatron_bert_tp.demo.fill_mask import FillMask
+from megatron_bert_tp.errors import TrainingError
 from megatron_bert_tp.formats.convert import to_huggingface
 from megatron_bert_tp.training.curve import draw_loss_curve
 from megatron_bert_tp.training.progress import read_records
@@ -61,8 +62,13 @@ def picture() -> None:
 
 
 def summary() -> str:
-    """Where everything is, and how the training ended."""
+    """Where everything is, and how the training ended; TrainingError when it did not beat word frequencies."""
     last = [record for record in read_records(METRICS) if record["kind"] == "evaluation"][-1]
+    if float(last["mlm_loss"]) >= float(last["unigram_loss"]):
+        raise TrainingError(
+            f"{METRICS}: the held-out MLM loss ({last['mlm_loss']:.4f} nats) is not below that of word "
+            f"frequencies alone ({last['unigram_loss']:.4f}); train longer with optimizer.steps, or lower the learning rate"
+        )
     return (
         f"\nheld-out MLM loss {last['mlm_loss']:.4f} nats over {last['masked']:,} masked tokens; "
         f"word frequencies alone give {last['unigram_loss']:.4f}\n"
