@@ -9,7 +9,8 @@ if [[ $# -lt 1 ]]; then
   exit 2
 fi
 
-default=gpu
-command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus >/dev/null 2>&1 || default=cpu
+default=cpu
+if nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU'; then default=gpu; fi
 
-exec torchrun --nnodes=1 --nproc-per-node="${NPROC:-$default}" -m megatron_bert_tp.pretrain "$@"
+# --standalone: a free port, so that two runs on one machine do not meet.
+exec torchrun --standalone --nproc-per-node="${NPROC:-$default}" -m megatron_bert_tp.pretrain "$@"

@@ -6,6 +6,18 @@ import pytest
 from tests.pool import RankPool
 from tests.training.runs import make_data, pretrain, succeeded
 
+# Tests that share a costly fixture run on one worker of pytest-xdist (`--dist loadgroup`): otherwise each
+# worker makes its own. Two groups, so that two workers share the load.
+GROUPS = ("finished_run", "ranks")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture in GROUPS:
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(fixture))
+                break
+
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:

@@ -147,12 +147,6 @@ def build_gradients(
     return Gradients(stage.parts(), names, tied=stage.tied(), mesh=mesh, bucket_bytes=bucket_bytes)
 
 
-def share_of_replica(batches: Sequence[Batch], mesh: ParallelMesh) -> list[Batch]:
-    """The microbatches of this rank's replica: a run of equal length for each."""
-    share = len(batches) // mesh.data.size
-    return list(batches[mesh.data.rank * share : (mesh.data.rank + 1) * share])
-
-
 def run_passes(
     stage: MegatronBertStage, mesh: ParallelMesh, batches: Sequence[Batch], counts: Counts, schedule: str
 ) -> list[Tensor]:

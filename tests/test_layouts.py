@@ -9,16 +9,14 @@ import torch
 
 from megatron_bert_tp.model.shape import tensor_shapes
 from tests.comparison import Step, is_key_bias, join_steps, relative_errors
-from tests.support import ODD_SHAPE, Layout, Recipe, with_dropout
-from tests.trainers import train, train_on_made
+from tests.support import Layout, Recipe, with_dropout
+from tests.trainers import CORPUS_SHAPE, train, train_on_made
 
-# 101 words divide by no tensor size, and the 99 of the tokenizer lie on every tensor rank.
-SHAPE = with_dropout(replace(ODD_SHAPE, vocab_size=101))
-RECIPE = Recipe(shape=SHAPE, clip_norm=0.5, final_rate=0.0)
-UNTIED = replace(RECIPE, shape=replace(SHAPE, tie_word_embeddings=False))
+RECIPE = Recipe(shape=CORPUS_SHAPE, clip_norm=0.5, final_rate=0.0)
+UNTIED = replace(RECIPE, shape=replace(CORPUS_SHAPE, tie_word_embeddings=False))
 SINGLE = replace(RECIPE, dtype=torch.float32)
 # Nine words on four tensor ranks, 8 rows each: the last two hold none.
-FEW_WORDS = replace(RECIPE, shape=replace(SHAPE, vocab_size=9))
+FEW_WORDS = replace(RECIPE, shape=replace(CORPUS_SHAPE, vocab_size=9))
 # Sums in another order differ by some units in the last place, 1e-16 each; a thousand such sums and three
 # steps stay far below this, and any missing, doubled or shifted term lies far above.
 TOLERANCE = 1e-9
@@ -131,7 +129,7 @@ def test_tensor_ranks_without_a_word_follow_one_process(ranks, data):
 
 
 def test_without_dropout_the_loss_is_another(ranks, data, one_process_of):
-    without = replace(RECIPE, shape=with_dropout(SHAPE, 0.0), num_steps=1)
+    without = replace(RECIPE, shape=with_dropout(CORPUS_SHAPE, 0.0), num_steps=1)
     assert steps_of(ranks, data, without, Layout())[0].losses != one_process_of(RECIPE)[0].losses
 
 

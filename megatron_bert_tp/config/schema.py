@@ -89,7 +89,7 @@ class OptimizerConfig:
     steps: int = setting(required=True, meaning="optimizer steps of the whole run", at_least=1)
     learning_rate: float = setting(1e-4, "highest learning rate", above=0)
     final_learning_rate: float = setting(0.0, "rate that the decay reaches after the last step", at_least=0)
-    warmup_steps: int = setting(0, "steps of linear warm-up, the first at learning_rate / warmup_steps", at_least=0)
+    warmup_steps: int = setting(0, "steps of linear warm-up from learning_rate / warmup_steps", at_least=0)
     beta1: float = setting(0.9, "decay of the first moment", at_least=0, below=1)
     beta2: float = setting(0.999, "decay of the second moment", at_least=0, below=1)
     epsilon: float = setting(1e-8, "added to the root of the second moment", above=0)

@@ -67,7 +67,7 @@ def summary() -> str:
     if float(last["mlm_loss"]) >= float(last["unigram_loss"]):
         raise TrainingError(
             f"{METRICS}: the held-out MLM loss ({last['mlm_loss']:.4f} nats) is not below that of word "
-            f"frequencies alone ({last['unigram_loss']:.4f}); train longer with optimizer.steps, or lower the learning rate"
+            f"frequencies alone ({last['unigram_loss']:.4f}); train longer or at a lower rate"
         )
     return (
         f"\nheld-out MLM loss {last['mlm_loss']:.4f} nats over {last['masked']:,} masked tokens; "

@@ -119,6 +119,11 @@ class ParallelMesh:
         """Mesh of one process without any process group."""
         return cls(*(Axis.alone(name) for name in ("data", "pipeline", "tensor", "tied")))
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is global rank 0."""
+        return self.data.is_first and self.pipeline.is_first and self.tensor.is_first
+
     @classmethod
     def build(cls, shape: MeshShape, *, rank: int, timeout: timedelta) -> "ParallelMesh":
         """Make the communicators of all axes; every rank of the world must call it.

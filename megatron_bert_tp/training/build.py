@@ -22,6 +22,7 @@ from megatron_bert_tp.parallel.gradients import Gradients
 from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.parallel.sharding import Part
 from megatron_bert_tp.pipeline.partition import StagePlan, partition, stage_costs
+from megatron_bert_tp.training.failures import telling
 from megatron_bert_tp.training.processes import (
     barrier,
     build_mesh,
@@ -46,6 +47,7 @@ def pretrain(config: Config, environment: LaunchEnvironment) -> None:
     timeout = timedelta(seconds=config.run.timeout_seconds)
     with ExitStack() as stack:
         stack.enter_context(process_group(environment, device, timeout))
+        stack.enter_context(telling(environment))
         mesh = build_mesh(
             environment,
             device,
@@ -54,9 +56,9 @@ def pretrain(config: Config, environment: LaunchEnvironment) -> None:
             timeout=timeout,
         )
         texts = open_texts(config, mesh.data)
-        checkpoint = checkpoint_to_resume(config, environment)
+        checkpoint = checkpoint_to_resume(config, environment, device)
         trainer = build_trainer(config, mesh, texts, device, checkpoint)
-        prepare(config, environment)
+        prepare(config, environment, device)
         reporter = stack.enter_context(_reporter(config, trainer.steps_done)) if environment.is_first else None
         directory = RunDirectory(config, environment, mesh=mesh, device=device, reporter=reporter)
         directory.say(_opening(config, environment, texts, trainer, checkpoint))
@@ -74,7 +76,7 @@ def build_trainer(
     dtype = getattr(torch, config.optimizer.precision)
     with device:  # made there: moving a stage would part the two leaves of a tied weight
         stage = MegatronBertStage(shape, plan, axis=mesh.tensor, seed=config.optimizer.seed, dtype=dtype)
-    _fill_(stage, config, checkpoint)
+    _fill_(stage, config, checkpoint, verify=mesh.is_first)
     numbers = AdamWNumbers(
         beta1=config.optimizer.beta1,
         beta2=config.optimizer.beta2,
@@ -150,13 +152,15 @@ def stage_plans(config: Config) -> tuple[StagePlan, ...]:
     )
 
 
-def _fill_(stage: MegatronBertStage, config: Config, checkpoint: Checkpoint | None) -> None:
+def _fill_(
+    stage: MegatronBertStage, config: Config, checkpoint: Checkpoint | None, *, verify: bool
+) -> None:
     """Weights of the checkpoint, else of ``model.weights``, else initial ones from the seed."""
     if checkpoint is not None:
         check_model(checkpoint, stage.shape)
         load_parts_(stage.parts(), checkpoint.weight)
     elif config.model.weights is not None:
-        load_parts_(stage.parts(), open_weights(Path(config.model.weights), stage.shape))
+        load_parts_(stage.parts(), open_weights(Path(config.model.weights), stage.shape, verify=verify))
     else:
         initialise_(stage, seed=config.optimizer.seed)
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_bert_tp.config.command_line import USER_ERROR, tell_error
 from megatron_bert_tp.config.environment import LaunchEnvironment
-from megatron_bert_tp.errors import MegatronBertError
+from megatron_bert_tp.errors import MegatronBertError, TrainingError
 
 _LONGEST = 2000  # bytes of a failure that the other ranks get
 _PREFIX = 2  # bytes in which its length stands; 0 is no failure
@@ -23,12 +23,27 @@ def telling(environment: LaunchEnvironment) -> Iterator[None]:
     """
     try:
         yield
-    except MegatronBertError as error:
-        tell_error(str(error), environment)
+    except (MegatronBertError, OSError) as error:
+        tell_error(_text(error), environment)
         raise SystemExit(USER_ERROR) from error
-    except OSError as error:
-        tell_error(_told_by_system(error), environment)
-        raise SystemExit(USER_ERROR) from error
+
+
+@contextmanager
+def together(device: torch.device) -> Iterator[None]:
+    """Context manager around what one rank does for all; every rank enters it, and it ends like a barrier.
+
+    Where it fails on a rank, all ranks raise: rank 0 can tell it, and nobody waits for messages that never come.
+    """
+    failure: MegatronBertError | OSError | None = None
+    try:
+        yield
+    except (MegatronBertError, OSError) as error:
+        failure = error
+    told = first_failure(None if failure is None else _text(failure), device)
+    if failure is not None:
+        raise failure
+    if told is not None:
+        raise TrainingError(told)
 
 
 def first_failure(text: str | None, device: torch.device) -> str | None:
@@ -58,7 +73,9 @@ def _unpacked(packed: torch.Tensor) -> str | None:
     return content[_PREFIX : _PREFIX + length].decode(errors="ignore") if length else None
 
 
-def _told_by_system(error: OSError) -> str:
-    """Path, reason and way out of what the operating system refused."""
+def _text(error: MegatronBertError | OSError) -> str:
+    """Message for the user: our own, or path, reason and way out of what the operating system refused."""
+    if isinstance(error, MegatronBertError):
+        return str(error)
     place = "" if error.filename is None else f"{error.filename}: "
     return f"{place}{error.strerror or error}; check the path, its permissions and the free space"

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
+
 from megatron_bert_tp.checkpoint.directories import latest_checkpoint
 from megatron_bert_tp.checkpoint.durable import JSON, sha256_of
 from megatron_bert_tp.checkpoint.read import Checkpoint
@@ -10,6 +12,7 @@ from megatron_bert_tp.config.dump import to_dict
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.errors import CheckpointError
+from megatron_bert_tp.training.failures import together
 from megatron_bert_tp.training.run_directory import CHECKPOINTS, SAMPLES, SETTINGS, tokenizer_name
 
 _LEARNED = ("model", "data", "objective", "optimizer")
@@ -17,14 +20,17 @@ _PLACES = {"model.weights", "data.corpus", "data.tokenizer"}
 """Settings that say where something lies: another path may hold the same."""
 
 
-def checkpoint_to_resume(config: Config, environment: LaunchEnvironment) -> Checkpoint | None:
+def checkpoint_to_resume(
+    config: Config, environment: LaunchEnvironment, device: torch.device
+) -> Checkpoint | None:
     """What ``run.resume`` names, its files verified by the first rank."""
     checkpoint = _named_checkpoint(config)
     if checkpoint is None:
         return None
     _check_tokenizer(checkpoint, config)
-    if environment.is_first:
-        checkpoint.verify()
+    with together(device):
+        if environment.is_first:
+            checkpoint.verify()
     return checkpoint
 
 

@@ -4,6 +4,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +22,7 @@ from megatron_bert_tp.model.stage import MegatronBertStage
 from megatron_bert_tp.optim.adamw import MOMENTS, moment_of
 from megatron_bert_tp.parallel.collectives import maximum_over_
 from megatron_bert_tp.parallel.mesh import ParallelMesh
-from megatron_bert_tp.training.processes import barrier
+from megatron_bert_tp.training.failures import first_failure, together
 from megatron_bert_tp.training.progress import Record, Reporter
 
 CHECKPOINTS = "checkpoints"
@@ -86,7 +87,7 @@ class RunDirectory:
             attachments={tokenizer_name(self._config): self.path / tokenizer_name(self._config)},
             rank=self._environment.rank,
             world_size=self._environment.world_size,
-            barrier=barrier,
+            agree=partial(first_failure, device=self._device),
             keep_last=self._config.run.keep_last,
         )
         self.say(f"checkpoint {path}")
@@ -102,14 +103,14 @@ class RunDirectory:
         }
 
 
-def prepare(config: Config, environment: LaunchEnvironment) -> None:
+def prepare(config: Config, environment: LaunchEnvironment, device: torch.device) -> None:
     """Make the folder and keep settings and tokenizer in it; the other ranks wait for it."""
-    if environment.is_first:
-        path = Path(config.run.directory)
-        path.mkdir(parents=True, exist_ok=True)
-        write_config(config, path / "config.yaml")
-        shutil.copyfile(config.data.tokenizer, path / tokenizer_name(config))
-    barrier()
+    with together(device):
+        if environment.is_first:
+            path = Path(config.run.directory)
+            path.mkdir(parents=True, exist_ok=True)
+            write_config(config, path / "config.yaml")
+            shutil.copyfile(config.data.tokenizer, path / tokenizer_name(config))
 
 
 def tokenizer_name(config: Config) -> str:

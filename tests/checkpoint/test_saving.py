@@ -244,7 +244,7 @@ def test_what_the_system_refuses_one_rank_is_the_message_of_all(tmp_path, monkey
 def test_a_rank_whose_files_rank_0_does_not_see_is_named(tmp_path):
     prepare_directory(tmp_path, 2)
     write_rectangles(partial_directory(tmp_path, 2), 0, held(stages(TINY)[0]))
-    with pytest.raises(CheckpointError, match="rank 1 wrote it, but rank 0 does not see it.*all nodes share"):
+    with pytest.raises(CheckpointError, match=r"rank 1 wrote it, but rank 0 does not see it.*all nodes share"):
         commit_checkpoint(tmp_path, 2, 2, **COMMIT)
 
 

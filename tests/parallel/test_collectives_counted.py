@@ -20,10 +20,10 @@ from megatron_bert_tp.pipeline.executor import Executor
 from megatron_bert_tp.pipeline.partition import StagePlan
 from megatron_bert_tp.training.build import model_shape, stage_plans
 from megatron_bert_tp.training.texts import open_texts
-from tests.support import ODD_SHAPE, Layout, Recipe, with_dropout
-from tests.trainers import configure, trainer_of
+from tests.support import Layout, Recipe
+from tests.trainers import CORPUS_SHAPE, configure, trainer_of
 
-RECIPE = Recipe(shape=with_dropout(replace(ODD_SHAPE, vocab_size=101)), clip_norm=0.5)
+RECIPE = Recipe(shape=CORPUS_SHAPE, clip_norm=0.5)
 HIDDEN = RECIPE.shape.hidden_size
 NUM_TENSORS = len(tensor_shapes(RECIPE.shape))
 # Two losses, two numbers of hits, and the tokens.

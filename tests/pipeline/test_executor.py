@@ -191,7 +191,9 @@ class Wrapped:
         return (2, 3)
 
 
-def run_last_stage(stage: Wrapped, monkeypatch: pytest.MonkeyPatch, *, num_messages: int, num_handles: int) -> None:
+def run_last_stage(
+    stage: Wrapped, monkeypatch: pytest.MonkeyPatch, *, num_messages: int, num_handles: int
+) -> None:
     """A forward and a backward of the last stage whose messages arrive at once."""
     handle = Work()
     monkeypatch.setattr(dist, "P2POp", lambda *_arguments: None)

@@ -99,7 +99,9 @@ def updated(weight: float, gradients: list[float], rates: list[float], decay: fl
     return weight, first, second
 
 
-WEIGHTS, GRADIENTS, RATES = [1.0, -2.0, 0.5], [[0.1, -3.0, 0.0], [0.2, 1.0, 1e-5], [-0.7, 2.0, 1e-3]], [0.1, 0.02, 0.3]
+WEIGHTS = [1.0, -2.0, 0.5]
+GRADIENTS = [[0.1, -3.0, 0.0], [0.2, 1.0, 1e-5], [-0.7, 2.0, 1e-3]]
+RATES = [0.1, 0.02, 0.3]
 
 
 @pytest.fixture

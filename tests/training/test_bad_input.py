@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bert_tp.data.corpus import Corpus
 from tests.training.runs import make_data, pretrain
 
 
@@ -34,37 +35,49 @@ def test_a_missing_corpus_is_named_with_the_command_that_makes_it(broken):
     assert "preprocess" in text
 
 
-def test_an_empty_corpus_is_refused(broken):
+def test_an_empty_corpus_is_refused_as_empty(broken):
     (broken / "corpus.bin").write_bytes(b"")
-    (broken / "corpus.json").unlink()
-    assert "corpus" in message(broken / "config.yaml")
+    text = message(broken / "config.yaml")
+    assert "an empty corpus" in text
+    assert "0 bytes of tokens" in text
+    assert "preprocess" in text
 
 
 def test_a_corpus_without_two_sentences_in_a_document_is_refused_at_once(tmp_path):
     make_data(tmp_path, sentences=(1, 2))
     text = message(tmp_path / "config.yaml")
-    assert "two sentences" in text
-    assert "blank line" in text or "document" in text
+    # All 20 documents have one sentence, and 80% of them are for training.
+    assert "of the 16 documents of this part 0 have two sentences" in text
+    assert "separate documents, not sentences, by blank lines" in text
 
 
-def test_a_token_outside_the_vocabulary_is_named(broken):
-    text = message(broken / "config.yaml", "model.vocab_size=99", "data.tokenizer=" + short_vocabulary(broken))
-    assert "corpus" in text
+def test_another_tokenizer_than_the_one_of_the_corpus_is_refused(broken):
+    text = message(broken / "config.yaml", f"data.tokenizer={short_vocabulary(broken)}")
+    assert f"{broken}/corpus: made with the tokenizer" in text
+    assert "data.tokenizer" in text
 
 
-def short_vocabulary(folder: Path) -> str:
-    lines = (folder / "vocab.txt").read_text().splitlines()[:50]
-    (folder / "short.txt").write_text("".join(f"{line}\n" for line in lines))
-    return str(folder / "short.txt")
+def short_vocabulary(folder: Path) -> Path:
+    """The first 50 entries only: the corpus holds ids beyond."""
+    lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()[:50]
+    (folder / "short.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return folder / "short.txt"
 
 
-def test_ids_beyond_vocab_size_are_named_with_sentence_and_id(broken):
+@pytest.mark.parametrize("vocab_size", [50, 101], ids=["model too small", "model large enough"])
+def test_ids_beyond_the_vocabulary_are_named_with_sentence_and_id(broken, vocab_size):
     # The facts beside the corpus would notice another tokenizer first.
     (broken / "corpus.json").unlink()
-    short_vocabulary(broken)
-    text = message(broken / "config.yaml", "model.vocab_size=50", f"data.tokenizer={broken}/short.txt")
-    assert "0..49" in text
-    assert "sentence" in text
+    tokenizer = short_vocabulary(broken)
+    text = message(broken / "config.yaml", f"model.vocab_size={vocab_size}", f"data.tokenizer={tokenizer}")
+    corpus = Corpus.open(broken / "corpus")
+    sentence = next(n for n in range(corpus.num_sentences) if corpus.sentence(n).max() >= 50)
+    first_id = next(token for token in corpus.sentence(sentence).tolist() if token >= 50)
+    assert f"must lie in 0..49, but sentence {sentence} holds {first_id}" in text
+
+
+def test_another_padding_token_than_the_one_of_the_vocabulary_is_refused(broken):
+    assert "set model.pad_token_id=0" in message(broken / "config.yaml", "model.pad_token_id=7")
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused(broken):

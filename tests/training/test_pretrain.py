@@ -1,9 +1,10 @@
-"""The command that users start: what it writes, and that it learns."""
+"""The command that users start, and what it writes."""
 
 import pytest
 
 from megatron_bert_tp.config.load import load_config
-from tests.training.runs import pretrain, records, start, succeeded, without_times
+from megatron_bert_tp.config.settings import all_sections, all_settings
+from tests.training.runs import ROOT, pretrain, records, start, succeeded, without_times
 
 
 def test_every_step_is_one_record_with_all_that_is_promised(finished_run):
@@ -14,13 +15,6 @@ def test_every_step_is_one_record_with_all_that_is_promised(finished_run):
     wanted |= {"learning_rate", "tokens_per_second", "tokens", "seconds", "seconds_left", "kind"}
     assert all(set(row) == wanted for row in rows)
     assert all(row["loss"] == row["mlm_loss"] + row["nsp_loss"] for row in rows)
-
-
-def test_a_small_model_learns_words_that_follow_a_rule(finished_run):
-    rows = records(finished_run, "step")
-    # 94 words of equal frequency: ln(94) = 4.54 nats is the best without learning from the context.
-    assert rows[0]["mlm_loss"] > 4.4
-    assert rows[-1]["mlm_loss"] < rows[0]["mlm_loss"]
 
 
 def test_an_evaluation_at_the_end_reports_the_unigram_bar(finished_run):
@@ -44,6 +38,9 @@ def test_data_parallel_and_one_process_follow_the_tensor_x_pipeline_curve(data, 
         # As in the resume test: rounding of float32 sums, grown by twenty AdamW steps of 1e-2.
         assert here["loss"] == pytest.approx(there["loss"], abs=2e-3)
         assert here["tokens"] == there["tokens"]
+    here, there = (records(folder, "evaluation")[-1] for folder in (tmp_path / "run", finished_run))
+    assert here["masked"] == there["masked"]
+    assert here["unigram_loss"] == pytest.approx(there["unigram_loss"], rel=1e-12)
 
 
 def test_the_same_run_twice_is_the_same_bit_for_bit(data, finished_run, tmp_path):
@@ -52,7 +49,45 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(data, finished_run, tmp_path
     assert without_times(records(tmp_path / "run", "step")) == without_times(records(finished_run, "step"))
 
 
-def test_help_names_every_section():
-    output = succeeded(start("megatron_bert_tp.pretrain", "--help"))
-    for path in ("model.hidden_size", "objective.masking.probability", "parallel.tensor", "run.directory"):
-        assert path.rpartition(".")[2] in output
+def test_a_run_starts_from_the_weights_of_a_hugging_face_directory(data, finished_run, tmp_path):
+    succeeded(start("megatron_bert_tp.convert", "to-hf", finished_run, tmp_path / "exported"))
+    paths = [f"run.directory={tmp_path}/run", f"model.weights={tmp_path}/exported"]
+    standing = ["optimizer.steps=1", "optimizer.warmup_steps=0", "optimizer.learning_rate=1e-12"]
+    succeeded(pretrain(data, *paths, *standing, "parallel.tensor=2", processes=2))
+    first, last = (record["mlm_loss"] for record in records(finished_run, "evaluation"))
+    (found,) = (record["mlm_loss"] for record in records(tmp_path / "run", "evaluation"))
+    # Evaluation has no dropout: the same weights, and float32 sums of some hundred terms in another order.
+    assert found == pytest.approx(last, abs=1e-5)
+    assert abs(first - last) > 1e-3, "guards the line above: other weights give another loss"
+
+
+def test_help_tells_every_section_and_every_setting_with_its_meaning():
+    blocks = succeeded(start("megatron_bert_tp.pretrain", "--help")).split("\n\n")
+    for section in all_sections():
+        (block,) = (block for block in blocks if block.startswith(f"{section}: "))
+        lines = block.splitlines()
+        for path, setting in all_settings().items():
+            if path.rpartition(".")[0] == section:
+                name = path.rpartition(".")[2]
+                (start_of_row,) = (n for n, line in enumerate(lines) if line.startswith(f"  {name} "))
+                row = " ".join(" ".join(lines[start_of_row : start_of_row + 4]).split())
+                assert setting.meaning.split()[-1] in row
+                assert not setting.is_required or " required " in row
+
+
+@pytest.mark.slow
+def test_the_345m_settings_train_a_smaller_model_on_eight_processes(data, tmp_path):
+    """All of `configs/345m.yaml` but for the sizes; nothing is evaluated, to keep it short."""
+    settings = {
+        "model.hidden_size": 64, "model.num_hidden_layers": 4, "model.intermediate_size": 128,
+        "data.corpus": data.parent / "corpus", "data.tokenizer": data.parent / "vocab.txt",
+        "optimizer.global_batch": 16, "optimizer.steps": 3, "optimizer.warmup_steps": 1,
+        "run.directory": tmp_path / "run", "run.evaluation_samples": 0, "run.device": "cpu",
+    }  # fmt: skip
+    overrides = [f"{path}={value}" for path, value in settings.items()]
+    output = succeeded(pretrain(ROOT / "configs" / "345m.yaml", *overrides, processes=8))
+    assert "8 processes: data 2 x pipeline 2 x tensor 2" in output
+    rows = records(tmp_path / "run", "step")
+    assert [row["samples"] for row in rows] == [16, 32, 48]
+    # Untrained, all 30522 words are about equally likely: ln(30522) = 10.33 nats.
+    assert rows[0]["mlm_loss"] == pytest.approx(10.33, abs=0.2)

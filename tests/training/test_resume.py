@@ -1,11 +1,18 @@
 """20 steps equal 10, a resume, and 10 more: bit for bit at the same layout."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from megatron_bert_tp.checkpoint.read import Checkpoint
+from tests.comparison import is_key_bias, relative_errors
+from tests.support import Layout, Recipe
+from tests.trainers import CORPUS_SHAPE, run
 from tests.training.runs import pretrain, records, succeeded, without_times
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
+RECIPE = Recipe(shape=CORPUS_SHAPE, num_steps=6, final_rate=0.0, clip_norm=0.5)
 SAME_LAYOUT = ("parallel.tensor=2", "parallel.pipeline=2")
 
 
@@ -30,6 +37,37 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(data, finished_run, 
     whole, again = tensors(Checkpoint.open(finished_run)), tensors(Checkpoint.open(resumed))
     assert whole.keys() == again.keys()
     assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
+def run_through_and_resumed(ranks, settings, folder, recipe: Recipe, layout: Layout, other: Layout):
+    """Ends of a run of 6 steps at ``layout``, and of one that goes on from its third step at ``other``."""
+    quiet = ["run.save_every=3", "run.evaluation_samples=0"]
+    whole, resumed = folder / "whole", folder / "resumed"
+    ranks.run(layout.world, run, settings, recipe, layout, f"run.directory={whole}", *quiet)
+    middle = f"run.resume={whole}/checkpoints/step_00000003"
+    ranks.run(other.world, run, settings, recipe, other, f"run.directory={resumed}", middle, *quiet)
+    assert [row["step"] for row in records(resumed, "step")] == [4, 5, 6]
+    return whole, resumed
+
+
+def test_data_ranks_resume_bit_for_bit(ranks, data, tmp_path):
+    recipe, layout = replace(RECIPE, dtype=torch.float32), Layout(data=2)
+    whole, resumed = run_through_and_resumed(ranks, data, tmp_path, recipe, layout, layout)
+    assert without_times(records(resumed, "step")) == without_times(records(whole, "step"))[3:]
+    truth, found = tensors(Checkpoint.open(whole)), tensors(Checkpoint.open(resumed))
+    assert truth.keys() == found.keys()
+    assert [name for name in truth if not torch.equal(truth[name], found[name])] == []
+
+
+@pytest.mark.parametrize("other", [Layout(pipeline=2, tensor=2), Layout(data=4)], ids=str)
+def test_a_run_of_four_ranks_goes_on_at_another_layout_of_four(ranks, data, tmp_path, other):
+    layout = Layout(data=2, tensor=2)
+    truth, found = map(Checkpoint.open, run_through_and_resumed(ranks, data, tmp_path, RECIPE, layout, other))
+    # As in tests/test_layouts.py: sums of float64 in another order, and a gradient that is rounding alone.
+    for kind in KINDS:
+        pair = [{name: t for name, t in tensors(c).items() if name.startswith(f"{kind}/")} for c in (found, truth)]
+        errors = relative_errors(*pair)
+        assert {name: e for name, e in errors.items() if e > 1e-9 and not is_key_bias(name)} == {}
 
 
 def test_the_resume_point_lies_inside_an_epoch(data):
