@@ -22,7 +22,7 @@ from megatron_bert_tp.parallel.gradients import Gradients
 from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.parallel.sharding import Part
 from megatron_bert_tp.pipeline.partition import StagePlan, partition, stage_costs
-from megatron_bert_tp.training.failures import telling
+from megatron_bert_tp.training.failures import telling, together
 from megatron_bert_tp.training.processes import (
     barrier,
     build_mesh,
@@ -76,7 +76,8 @@ def build_trainer(
     dtype = getattr(torch, config.optimizer.precision)
     with device:  # made there: moving a stage would part the two leaves of a tied weight
         stage = MegatronBertStage(shape, plan, axis=mesh.tensor, seed=config.optimizer.seed, dtype=dtype)
-    _fill_(stage, config, checkpoint, verify=mesh.is_first)
+    with together(device):
+        _fill_(stage, config, checkpoint, verify=mesh.is_first)
     numbers = AdamWNumbers(
         beta1=config.optimizer.beta1,
         beta2=config.optimizer.beta2,

@@ -42,10 +42,9 @@ def process_group(environment: LaunchEnvironment, device: torch.device, timeout:
         torch.cuda.set_device(device)  # NCCL's grouped sends and receives run on the current device
     backend = "nccl" if is_gpu else "gloo"
     dist.init_process_group(backend, timeout=timeout, device_id=device if is_gpu else None)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # After an error the process just ends: NCCL would wait here for messages of peers that wait for this rank.
+    dist.destroy_process_group()
 
 
 def build_mesh(

@@ -32,7 +32,8 @@ def main(failing):
     cpu = torch.device("cpu")
     with process_group(environment, cpu, timedelta(seconds=100)), telling(environment):
         dist.barrier()
-        print(time.time(), flush=True)
+        if environment.is_first:
+            print(time.time(), flush=True)
         with together(cpu):
             if "together" in failing and environment.is_first:
                 raise DataError("the corpus is damaged")
@@ -123,7 +124,7 @@ def launched(folder: Path, *failing: str) -> str:
         check=False,
     )
     assert done.returncode != 0
-    assert time.time() - float(done.stdout.split()[0]) < 20  # since the failure: the start may be slow
+    assert time.time() - float(done.stdout) < 20  # since the failure: the start may be slow
     return done.stderr
 
 

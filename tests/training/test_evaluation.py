@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support import Layout, Recipe
+from tests.support import Layout, Recipe, with_dropout
 from tests.trainers import CORPUS_SHAPE, evaluate
 
 RECIPE = Recipe(shape=CORPUS_SHAPE)
@@ -39,3 +39,10 @@ def test_ranks_with_fewer_or_no_microbatches_evaluate_like_one_process(ranks, da
 def data_ranks(layout: Layout) -> list[int]:
     """Place on the data axis of every rank, in the order of ranks."""
     return [rank // layout.tensor % layout.data for rank in range(layout.world)]
+
+
+def test_evaluation_has_no_dropout(ranks, data):
+    """Its bits depend on the sample alone, so that two evaluations would agree with dropout on, too."""
+    without = Recipe(shape=with_dropout(CORPUS_SHAPE, 0.0))
+    found, truth = (ranks.run(1, evaluate, data, recipe, Layout()) for recipe in (RECIPE, without))
+    assert found == truth

@@ -27,6 +27,5 @@ def test_a_small_model_learns_words_that_follow_a_rule(tmp_path):
     assert trainer.evaluate()[0].mlm_loss > bar - 0.1
     for _ in range(config.optimizer.steps):
         trainer.train_step()
-    # It ends near 2.2. One that ignores the neighbours stays at the bar; one that knows that a word lies near
-    # its neighbours but not on which side, or not how near, stays about a nat below it.
+    # It ends near 2.2 nats; one that ignores the neighbours stays at the bar.
     assert trainer.evaluate()[0].mlm_loss < bar - 1.5
