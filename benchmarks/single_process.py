@@ -134,7 +134,7 @@ def measure(name: str, folder: Path, *, steps: int, tuned: bool) -> dict[str, fl
 def package_step(config: Config) -> Step:
     """A step of this package's own trainer."""
     texts = open_texts(config, Axis.alone("data"))
-    trainer = build_trainer(config, ParallelMesh.alone(), texts, torch.device("cpu"), None)
+    trainer = build_trainer(config, ParallelMesh.alone(), texts, device=torch.device("cpu"))
 
     def step(_number: int) -> tuple[float, int]:
         report = trainer.train_step()

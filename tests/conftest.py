@@ -1,22 +1,36 @@
+import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.pool import RankPool
 from tests.training.runs import make_data, pretrain, succeeded
 
-# Tests that share a costly fixture run on one worker of pytest-xdist (`--dist loadgroup`): otherwise each
-# worker makes its own. Two groups, so that two workers share the load.
+# Files whose tests share a costly fixture run on one worker of pytest-xdist: otherwise each worker makes its own.
+# Two groups, so that two workers share the load. (`--dist loadgroup` of xdist 3.8 groups nothing in pytest 9.2.)
 GROUPS = ("finished_run", "ranks")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        for fixture in GROUPS:
-            if fixture in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(fixture))
-                break
+class ByFixture(LoadScopeScheduling):
+    """Sends all files that name a fixture of `GROUPS` to the same worker, and any other test to any worker."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _group_of(nodeid.partition("::")[0]) or nodeid
+
+
+@cache
+def _group_of(path: str) -> str | None:
+    words = set(re.findall(r"\w+", (Path(__file__).parents[1] / path).read_text(encoding="utf-8")))
+    return next((fixture for fixture in GROUPS if fixture in words), None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFixture:
+    return ByFixture(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ def configure(settings: Path, recipe: Recipe, layout: Layout, *overrides: str) -
 def trainer_of(config: Config, layout: Layout) -> Trainer:
     """New trainer of this rank over the corpus, as `pretrain` builds it."""
     mesh = build_mesh(layout)
-    return build_trainer(config, mesh, open_texts(config, mesh.data), CPU, None)
+    return build_trainer(config, mesh, open_texts(config, mesh.data), device=CPU)
 
 
 def trainer_of_made(
@@ -76,7 +76,7 @@ def trainer_of_made(
     config = configure(settings, recipe, layout, *sizes)
     mesh = build_mesh(layout)
     texts = SimpleNamespace(training=MadeBatches(recipe.shape), validation=None)
-    trainer = build_trainer(config, mesh, texts, CPU, None)
+    trainer = build_trainer(config, mesh, texts, device=CPU)
     if weights is not None:
         load_(trainer.stage, weights)
     return trainer

@@ -57,7 +57,7 @@ def pretrain(config: Config, environment: LaunchEnvironment) -> None:
         )
         texts = open_texts(config, mesh.data)
         checkpoint = checkpoint_to_resume(config, environment, device)
-        trainer = build_trainer(config, mesh, texts, device, checkpoint)
+        trainer = build_trainer(config, mesh, texts, device=device, checkpoint=checkpoint)
         prepare(config, environment, device)
         reporter = stack.enter_context(_reporter(config, trainer.steps_done)) if environment.is_first else None
         directory = RunDirectory(config, environment, mesh=mesh, device=device, reporter=reporter)
@@ -68,7 +68,12 @@ def pretrain(config: Config, environment: LaunchEnvironment) -> None:
 
 
 def build_trainer(
-    config: Config, mesh: ParallelMesh, texts: Texts, device: torch.device, checkpoint: Checkpoint | None
+    config: Config,
+    mesh: ParallelMesh,
+    texts: Texts,
+    *,
+    device: torch.device,
+    checkpoint: Checkpoint | None = None,
 ) -> Trainer:
     """Stage, optimizer and gradients of one rank, new, from given weights, or as a checkpoint left them."""
     shape = model_shape(config)

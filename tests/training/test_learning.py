@@ -19,7 +19,7 @@ def test_a_small_model_learns_words_that_follow_a_rule(tmp_path):
     config = load_config(make_data(tmp_path, num_documents=200), OVERRIDES)
     mesh = ParallelMesh.alone()
     texts = open_texts(config, mesh.data)
-    trainer = build_trainer(config, mesh, texts, CPU, None)
+    trainer = build_trainer(config, mesh, texts, device=CPU)
     assert texts.validation is not None
     bar = texts.unigram_loss(texts.validation.evaluation(config.run.evaluation_samples))
     # 94 words that are nearly equally frequent: ln(94) = 4.54 nats; an untrained model is no better.
