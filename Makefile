@@ -1,4 +1,4 @@
-# make demo        train, export and try a small model (about 6 minutes on two cores)
+# make demo        train, export and try a small model (about 5 minutes on two cores)
 # make test        what CI runs
 # make check-all   the long matrices too
 #
