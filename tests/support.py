@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_bert_tp.checkpoint.load import load_parts_
 from megatron_bert_tp.data.batches import Batch
 from megatron_bert_tp.model.initialisation import initialise_
 from megatron_bert_tp.model.shape import ModelShape
-from megatron_bert_tp.model.stage import MegatronBertStage, load_
+from megatron_bert_tp.model.stage import MegatronBertStage
 from megatron_bert_tp.objectives.pretraining import Counts, microbatch_loss
 from megatron_bert_tp.parallel.gradients import Gradients
 from megatron_bert_tp.parallel.mesh import MeshShape, ParallelMesh
@@ -128,6 +129,15 @@ def build_mesh(layout: Layout) -> ParallelMesh:
     return ParallelMesh.build(shape, rank=dist.get_rank(), timeout=TIMEOUT)
 
 
+def load_whole_(stage: MegatronBertStage, tensors: Mapping[str, Tensor]) -> None:
+    """Fill a stage from whole tensors by name."""
+
+    def read(name: str, offsets: tuple[int, ...], extent: tuple[int, ...]) -> Tensor:
+        return tensors[name][tuple(slice(o, o + e) for o, e in zip(offsets, extent, strict=True))]
+
+    load_parts_(stage.parts(), read)
+
+
 def build_stage(
     recipe: Recipe, mesh: ParallelMesh, weights: Mapping[str, Tensor] | None = None
 ) -> MegatronBertStage:
@@ -137,7 +147,7 @@ def build_stage(
     if weights is None:
         initialise_(stage, seed=recipe.seed)
     else:
-        load_(stage, weights)
+        load_whole_(stage, weights)
     return stage
 
 

@@ -16,13 +16,22 @@ from megatron_bert_tp.config.load import load_config
 from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.data.batches import Batch
 from megatron_bert_tp.model.shape import ModelShape
-from megatron_bert_tp.model.stage import load_
 from megatron_bert_tp.objectives.pretraining import Counts, Losses
 from megatron_bert_tp.training.build import build_trainer, pretrain
 from megatron_bert_tp.training.texts import open_texts
 from megatron_bert_tp.training.trainer import Trainer
 from tests.comparison import StepRecord, gradient_pieces, weight_pieces
-from tests.support import CPU, LENGTHS, ODD_SHAPE, Layout, Recipe, batches_of_step, build_mesh, with_dropout
+from tests.support import (
+    CPU,
+    LENGTHS,
+    ODD_SHAPE,
+    Layout,
+    Recipe,
+    batches_of_step,
+    build_mesh,
+    load_whole_,
+    with_dropout,
+)
 
 # 101 words divide by no tensor size, and the 99 of the tokenizer lie on every tensor rank.
 CORPUS_SHAPE = with_dropout(replace(ODD_SHAPE, vocab_size=101))
@@ -78,7 +87,7 @@ def trainer_of_made(
     texts = SimpleNamespace(training=MadeBatches(recipe.shape), validation=None)
     trainer = build_trainer(config, mesh, texts, device=CPU)
     if weights is not None:
-        load_(trainer.stage, weights)
+        load_whole_(trainer.stage, weights)
     return trainer
 
 

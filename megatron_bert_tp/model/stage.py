@@ -1,6 +1,5 @@
 """The part of a MegatronBert that one pipeline stage holds; a plan of all layers makes the whole model."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -144,10 +143,3 @@ class MegatronBertStage(nn.Module):
         if self.plan.is_first and self.plan.is_last:
             return {name: value for name, value in named.items() if name not in tied_names(self.shape)}
         return named
-
-
-def load_(stage: MegatronBertStage, tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors, by name, into the rectangles that ``stage`` holds; padding rows stay zero."""
-    with torch.no_grad():
-        for part in stage.parts():
-            part.view(part.parameter).copy_(part.cut(tensors[part.source]))

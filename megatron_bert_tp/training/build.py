@@ -1,6 +1,7 @@
 """From settings to a trainer: the one place, beside the entry points, that sees the whole `Config`."""
 
 from contextlib import ExitStack
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -122,22 +123,7 @@ def _moved_parts(stage: MegatronBertStage) -> list[Part]:
 
 def model_shape(config: Config) -> ModelShape:
     """The sizes of the model among the settings."""
-    model = config.model
-    return ModelShape(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        intermediate_size=model.intermediate_size,
-        max_position_embeddings=model.max_position_embeddings,
-        type_vocab_size=model.type_vocab_size,
-        tie_word_embeddings=model.tie_word_embeddings,
-        pad_token_id=model.pad_token_id,
-        layer_norm_eps=model.layer_norm_eps,
-        hidden_dropout_prob=model.hidden_dropout_prob,
-        attention_probs_dropout_prob=model.attention_probs_dropout_prob,
-        initializer_range=model.initializer_range,
-    )
+    return ModelShape(**{field.name: getattr(config.model, field.name) for field in fields(ModelShape)})
 
 
 def stage_plans(config: Config) -> tuple[StagePlan, ...]:
