@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_bert_tp.checkpoint.directories import latest_checkpoint, step_directory
 from megatron_bert_tp.model.initialisation import initialise_
 from megatron_bert_tp.model.stage import MegatronBertStage
 from megatron_bert_tp.parallel.mesh import Axis
@@ -45,3 +46,10 @@ def test_every_memory_setting_is_made_though_one_is_refused(monkeypatch):
     monkeypatch.setattr("sys.platform", "linux")
     assert not keep_freed_memory()
     assert len(made) == 3
+
+
+def test_checkpoints_without_a_pointer_are_not_taken_for_none(tmp_path):
+    # A run whose `latest` was removed began anew at step 0 beside its checkpoints.
+    for step in (3, 10, 6):
+        step_directory(tmp_path, step).mkdir()
+    assert latest_checkpoint(tmp_path) == step_directory(tmp_path, 10)

@@ -32,11 +32,14 @@ def partial_directory(root: Path, step: int) -> Path:
 def latest_checkpoint(root: Path) -> Path | None:
     """The step directory that ``root/latest`` names, or None where nothing was ever saved.
 
+    Without a pointer (a kill just before the first one was written, or a user who removed it) the newest one
+    counts: a directory has its final name only when it is whole.
     CheckpointError when the pointer is damaged or names a directory that is not there.
     """
     pointer = root / POINTER
     if not pointer.is_file():
-        return None
+        steps = _steps(root) if root.is_dir() else []
+        return step_directory(root, max(steps)) if steps else None
     name = pointer.read_bytes()[:64].decode(errors="replace").strip()
     if not _STEP.fullmatch(name):
         raise CheckpointError(
@@ -117,4 +120,6 @@ def _steps(root: Path) -> list[int]:
 def _choices(root: Path) -> str:
     steps = sorted(_steps(root))
     names = ", ".join(step_directory(root, step).name for step in steps[-3:])
-    return f"; write one of {names} into it, or remove it" if steps else "; remove it to start anew"
+    if not steps:
+        return "; remove it to start anew"
+    return f"; write one of {names} into it, or remove it to take the newest"

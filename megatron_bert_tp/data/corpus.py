@@ -82,7 +82,9 @@ class Corpus:
         bin_path, idx_path, facts_path = corpus_paths(prefix)
         for path in (bin_path, idx_path):
             if not path.is_file():
-                raise DataError(f"{path}: no such file; make it with {_MAKE_IT} --output {prefix}")
+                raise DataError(
+                    f"{path}: no such file; make it with {_MAKE_IT}; data.corpus is its PREFIX, without an ending"
+                )
         index = _read_index(idx_path)
         starts = _check_index(index, bin_path, idx_path)
         tokens = np.asarray(np.memmap(bin_path, dtype=index.token_type, mode="r"))
@@ -235,5 +237,5 @@ def _check_index(index: _Index, bin_path: Path, idx_path: Path) -> npt.NDArray[n
     return starts
 
 
-_MAKE_IT = "`python -m megatron_bert_tp.preprocess INPUT... --tokenizer FILE`"
+_MAKE_IT = "`python -m megatron_bert_tp.preprocess INPUT... --tokenizer FILE --output PREFIX`"
 _DAMAGED = "the corpus is damaged: copy it again or run `preprocess` again"

@@ -72,6 +72,8 @@ def _write_weights(directory: Path, shape: ModelShape, tensors: dict[str, Tensor
     text = json.dumps(config_of(shape, dtype), indent=2, sort_keys=True) + "\n"
     (directory / CONFIG).write_text(text, encoding="utf-8")
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    # safetensors makes files that only their owner reads; an export is for whoever reads its config.json.
+    shutil.copymode(directory / CONFIG, directory / WEIGHTS)
 
 
 def _finish(partial: Path, out: Path) -> int:

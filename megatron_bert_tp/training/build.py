@@ -195,7 +195,7 @@ def _opening(
     changed = changed_settings(checkpoint, config) if checkpoint else []
     start += "".join(f"\nchanged since then: {change}" for change in changed)
     if trainer.steps_done >= config.optimizer.steps:
-        start += f": already finished ({config.optimizer.steps} steps)"
+        start += f"\nalready finished: optimizer.steps is {config.optimizer.steps}"
     return (
         f"{environment.world_size} processes: data {mesh.data.size} x pipeline {parallel.pipeline} x tensor "
         f"{parallel.tensor}; {trainer.device.type}, {config.optimizer.precision}, {parallel.schedule}, layers "

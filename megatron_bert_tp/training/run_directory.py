@@ -17,6 +17,7 @@ from megatron_bert_tp.checkpoint.slices import rectangles
 from megatron_bert_tp.config.dump import to_dict, write_config
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.schema import Config
+from megatron_bert_tp.errors import TrainingError
 from megatron_bert_tp.formats.convert import LOWERCASE
 from megatron_bert_tp.model.stage import MegatronBertStage
 from megatron_bert_tp.optim.adamw import MOMENTS, moment_of
@@ -108,6 +109,8 @@ def prepare(config: Config, environment: LaunchEnvironment, device: torch.device
     with together(device):
         if environment.is_first:
             path = Path(config.run.directory)
+            if path.exists() and not path.is_dir():
+                raise TrainingError(f"run.directory ({path}) is a file; choose a folder, new or of the same run")
             path.mkdir(parents=True, exist_ok=True)
             write_config(config, path / "config.yaml")
             shutil.copyfile(config.data.tokenizer, path / tokenizer_name(config))
