@@ -46,7 +46,7 @@ def build_transformers_model(shape: ModelShape):
         warnings.simplefilter("ignore")
         from transformers import MegatronBertConfig, MegatronBertForPreTraining
 
-        sizes = {name: getattr(shape, name) for name in ModelShape.__dataclass_fields__}
+        sizes = {name: value for name, value in vars(shape).items() if name != "num_labels"}
         model = MegatronBertForPreTraining._from_config(MegatronBertConfig(**sizes), attn_implementation="eager")
     return model.train()
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.load import load_config
-from megatron_bert_tp.config.schema import Config
+from megatron_bert_tp.config.schema import Config, ModelConfig
 from megatron_bert_tp.data.batches import Batch
 from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.objectives.pretraining import Counts, Losses
@@ -52,7 +52,8 @@ class MadeBatches:
 
 def configure(settings: Path, recipe: Recipe, layout: Layout, *overrides: str) -> Config:
     """Settings of the tests with those of ``recipe`` and ``layout`` over them, and ``overrides`` last."""
-    values = {f"model.{name}": value for name, value in asdict(recipe.shape).items()}
+    settable = {field.name for field in fields(ModelConfig)}
+    values = {f"model.{name}": value for name, value in asdict(recipe.shape).items() if name in settable}
     values |= {
         "data.sequence_length": min(24, recipe.shape.max_position_embeddings),
         "optimizer.precision": str(recipe.dtype).removeprefix("torch."),

@@ -1,17 +1,28 @@
 """Which model a checkpoint is of, and whether that is the model of a run."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 
 from megatron_bert_tp.checkpoint.durable import JSON
 from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.errors import CheckpointError, MegatronBertError
-from megatron_bert_tp.model.shape import ModelShape, tensor_shapes
+from megatron_bert_tp.model.shape import (
+    ACTIVATIONS,
+    HEADS,
+    POSITION_EMBEDDING_TYPES,
+    PRETRAINING,
+    Head,
+    ModelShape,
+    tensor_shapes,
+)
 
 MODEL = "model"
 """Fact under which the numbers of the model stand: a `ModelShape` as an object."""
+ARCHITECTURE = "architecture"
+"""Fact under which the name of the model's class stands, as in `model.shape.HEADS`."""
 _FREE = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}
 _KINDS: dict[object, str] = {int: "a whole number in the possible range", float: "a number", bool: "true or false"}
+_CHOICES = {"hidden_act": ACTIVATIONS, "position_embedding_type": POSITION_EMBEDDING_TYPES}
 _LARGEST = 2**31  # of any size
 _LARGEST_DEPTH = 10_000  # layers; names are listed for each before anything is compared
 
@@ -30,6 +41,16 @@ def check_model(checkpoint: Checkpoint, shape: ModelShape) -> None:
     check_tensors(checkpoint, shape)
 
 
+def head_of(checkpoint: Checkpoint) -> Head:
+    """The class of a checkpoint; one that does not say it is of a `MegatronBertForPreTraining`."""
+    name = checkpoint.facts.get(ARCHITECTURE, PRETRAINING.architecture)
+    if not isinstance(name, str) or name not in HEADS:
+        raise CheckpointError(
+            f"{checkpoint.directory}: its facts name the class {name!r}; known are {', '.join(HEADS)}"
+        )
+    return HEADS[name]
+
+
 def shape_of(checkpoint: Checkpoint) -> ModelShape:
     """The model of a checkpoint; CheckpointError when its facts do not say it."""
     model = checkpoint.facts.get(MODEL)
@@ -41,8 +62,10 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
 def parse_shape(values: Mapping[str, JSON], *, source: str, error: type[MegatronBertError]) -> ModelShape:
     """`ModelShape` from JSON; raises ``error`` that lists all missing and impossible numbers."""
     kinds = {field.name: field.type for field in fields(ModelShape)}
+    optional = {field.name: field.default for field in fields(ModelShape) if field.default is not MISSING}
+    values = {**optional, **values}
     problems = [
-        f"  {name}: {values[name]!r} is not {_KINDS[kind]}" if name in values else f"  {name}: is missing"
+        f"  {name}: {values[name]!r} is not {_possible(name, kind)}" if name in values else f"  {name}: is missing"
         for name, kind in kinds.items()
         if name not in values or not _is_possible(name, values[name], kind)
     ]
@@ -55,6 +78,8 @@ def parse_shape(values: Mapping[str, JSON], *, source: str, error: type[Megatron
             f"({shape.num_attention_heads}), and pad_token_id ({shape.pad_token_id}) below vocab_size "
             f"({shape.vocab_size})"
         )
+    if shape.add_cross_attention and not shape.is_decoder:
+        raise error(f"{source}: add_cross_attention needs is_decoder: an encoder has nothing to look at; set both")
     return shape
 
 
@@ -68,9 +93,9 @@ def differences(there: ModelShape, here: ModelShape) -> str:
     )
 
 
-def check_tensors(checkpoint: Checkpoint, shape: ModelShape) -> None:
-    """CheckpointError unless the weights have the names and shapes that the model says."""
-    found, expected = checkpoint.shapes("weight"), tensor_shapes(shape)
+def check_tensors(checkpoint: Checkpoint, shape: ModelShape, head: Head = PRETRAINING) -> None:
+    """CheckpointError unless the weights have the names and shapes that the model with ``head`` says."""
+    found, expected = checkpoint.shapes("weight"), tensor_shapes(shape, head)
     lines = [
         f"  {name}: {found.get(name, 'missing')}, should be {expected.get(name, 'absent')}"
         for name in sorted({*found, *expected})
@@ -83,7 +108,13 @@ def check_tensors(checkpoint: Checkpoint, shape: ModelShape) -> None:
         )
 
 
+def _possible(name: str, kind: object) -> str:
+    return f"one of {', '.join(_CHOICES[name])}" if name in _CHOICES else _KINDS[kind]
+
+
 def _is_possible(name: str, value: JSON, kind: object) -> bool:
+    if kind is str:
+        return value in _CHOICES[name]
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     if kind is float:

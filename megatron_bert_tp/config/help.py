@@ -9,6 +9,8 @@ from megatron_bert_tp.config.problems import shown
 from megatron_bert_tp.config.settings import Setting, all_sections, all_settings
 
 _WIDTH = 100
+_WIDEST = 22  # longest kind that has a column to itself
+_CHOICE = "choice"
 _GAP = "  "
 _SIGNS = {"at_least": ">=", "above": ">", "at_most": "<=", "below": "<"}
 _HEAD = """\
@@ -29,14 +31,20 @@ def _block(section: str) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [f"{section}: {meaning.splitlines()[0]}"]
     for row, texts in zip(rows, cells, strict=True):
-        lines.extend(_lines(texts, row.meaning, widths))
+        lines.extend(_lines(texts, _meaning(row), widths))
     return "".join(f"{line}\n" for line in lines)
 
 
 def _kind(row: Setting) -> str:
     # Limits near 2**63 say no more than `integer` does.
     limits = [f"{_SIGNS[name]} {limit:g}" for name, limit in row.bounds.items() if limit < 2**62]
-    return f"{name_of(row.kind)} {', '.join(limits)}".rstrip()
+    name = name_of(row.kind)
+    return f"{name if len(name) <= _WIDEST else _CHOICE} {', '.join(limits)}".rstrip()
+
+
+def _meaning(row: Setting) -> str:
+    """What the setting means, with the choices that are too long for the column of kinds."""
+    return f"{row.meaning}: {name_of(row.kind)}" if _kind(row) == _CHOICE else row.meaning
 
 
 def _default(row: Setting) -> str:

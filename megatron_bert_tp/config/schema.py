@@ -34,12 +34,17 @@ class ModelConfig:
     num_hidden_layers: int = setting(required=True, meaning="transformer layers", at_least=1)
     num_attention_heads: int = setting(required=True, meaning="attention heads per layer", at_least=1)
     intermediate_size: int = setting(required=True, meaning="features inside the MLP", at_least=1)
-    hidden_act: Literal["gelu"] = setting("gelu", "activation of the MLP and of the MLM head")
+    hidden_act: Literal["gelu", "gelu_new", "relu", "silu"] = setting(
+        "gelu", "activation of the MLP and of the MLM head; gelu_new is the tanh approximation"
+    )
     hidden_dropout_prob: float = setting(0.1, "dropout on hidden states", at_least=0, at_most=0.99)
     attention_probs_dropout_prob: float = setting(
         0.1, "dropout on attention probabilities", at_least=0, at_most=0.99
     )
     max_position_embeddings: int = setting(512, "longest sequence that the model can read", at_least=1)
+    position_embedding_type: Literal["absolute", "relative_key", "relative_key_query"] = setting(
+        "absolute", "positions added to the input, or distances in the attention scores"
+    )
     type_vocab_size: int = setting(2, "kinds of segments (token types)", at_least=1)
     initializer_range: float = setting(0.02, "standard deviation of initial weights", above=0)
     layer_norm_eps: float = setting(1e-12, "epsilon inside every LayerNorm", above=0)

@@ -28,6 +28,7 @@ _DEFAULTS: Mapping[str, JSON] = {
     "attention_probs_dropout_prob": 0.1,
     "initializer_range": 0.02,
 }
+_OMITTED = ("num_labels", "position_embedding_type")  # the first is id2label's length, the second is the default
 _ONLY: Mapping[str, JSON] = {
     # Settings that change what the model computes, and the one value that is supported.
     "hidden_act": "gelu",
@@ -61,11 +62,8 @@ def config_of(shape: ModelShape, dtype: str) -> dict[str, JSON]:
         "architectures": [ARCHITECTURE],
         "model_type": "megatron-bert",
         "dtype": dtype,
-        "hidden_act": "gelu",
-        "is_decoder": False,
-        "add_cross_attention": False,
         "use_cache": True,
         "bos_token_id": None,
         "eos_token_id": None,
-        **asdict(shape),
+        **{name: value for name, value in asdict(shape).items() if name not in _OMITTED},
     }

@@ -12,7 +12,7 @@ from megatron_bert_tp.checkpoint.load import load_parts_, load_rectangles_
 from megatron_bert_tp.checkpoint.model import check_model
 from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.config.environment import LaunchEnvironment
-from megatron_bert_tp.config.schema import Config
+from megatron_bert_tp.config.schema import Config, ModelConfig
 from megatron_bert_tp.formats.weights import open_weights
 from megatron_bert_tp.model.initialisation import initialise_
 from megatron_bert_tp.model.shape import ModelShape, tensor_shapes
@@ -123,7 +123,9 @@ def _moved_parts(stage: MegatronBertStage) -> list[Part]:
 
 def model_shape(config: Config) -> ModelShape:
     """The sizes of the model among the settings."""
-    return ModelShape(**{field.name: getattr(config.model, field.name) for field in fields(ModelShape)})
+    settable = {field.name for field in fields(ModelConfig)}
+    names = [field.name for field in fields(ModelShape) if field.name in settable]
+    return ModelShape(**{name: getattr(config.model, name) for name in names})
 
 
 def stage_plans(config: Config) -> tuple[StagePlan, ...]:

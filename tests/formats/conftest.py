@@ -30,7 +30,8 @@ logging.disable_progress_bar()
 
 def build(tied: bool = True, dtype: torch.dtype = torch.float32, **settings: object) -> MegatronBertForPreTraining:
     """Model of `transformers` in which every tensor is random, biases and LayerNorms too."""
-    numbers = {**vars(ODD), "tie_word_embeddings": tied, **settings}
+    written = {k: v for k, v in vars(ODD).items() if k not in ("num_labels", "position_embedding_type")}
+    numbers = {**written, "tie_word_embeddings": tied, **settings}
     model = MegatronBertForPreTraining(MegatronBertConfig(**numbers)).to(dtype)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
