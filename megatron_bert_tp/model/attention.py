@@ -1,149 +1,196 @@
-"""Self-attention over this rank's heads, with dropout whose bits no layout changes."""
+"""Self- and cross-attention over this rank's heads, and the sublayer around either."""
 
-import math
-from typing import Any
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_bert_tp.model.context import Attended, Context, KeysValues
+from megatron_bert_tp.model.dot_product import attend, attend_openly, distance_scores
 from megatron_bert_tp.model.shape import ModelShape
-from megatron_bert_tp.parallel.linear import QueryKeyValueLinear, RowParallelLinear, load_blocks_of, share_of
-from megatron_bert_tp.parallel.mesh import Axis
-from megatron_bert_tp.parallel.random_bits import (
-    Place,
-    RandomBits,
-    dropout_add,
-    dropped_share,
-    keep_mask,
-    scaled_mask,
+from megatron_bert_tp.parallel.collectives import copy_to
+from megatron_bert_tp.parallel.linear import (
+    ColumnParallelLinear,
+    QueryKeyValueLinear,
+    RowParallelLinear,
+    load_blocks_of,
+    share_of,
 )
+from megatron_bert_tp.parallel.mesh import Axis
+from megatron_bert_tp.parallel.random_bits import Place, RandomBits, dropout_add, dropped_share, keep_mask
 
 
-class _DroppedAttention(torch.autograd.Function):
-    """``dropout(softmax(q k^T / sqrt(d) + mask)) v``, keeping one matrix of probabilities and a byte mask.
+class _Heads(nn.Module):
+    """What both kinds of attention share: the heads of this rank, their dropout, and relative positions."""
 
-    Backward, with P the softmax, D = P * keep / (1 - p) and C = D V the output: the softmax' row sums
-    ``sum(dP * P)`` equal ``sum(dC * C)`` over the features (Dao et al. 2022, appendix B), so the gradient of
-    the scores is ``D * (dC V^T) - P * rowsum(dC * C)``.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, packed: Tensor, padding: Tensor | None, keep: Tensor, probability: float
-    ) -> Tensor:
-        query, key, value = packed.flatten(1, 2)
-        scale = 1 / math.sqrt(packed.shape[-1])
-        scores = torch.baddbmm(query.new_empty(()), query, key.mT, beta=0, alpha=scale)
-        scores = scores.view(keep.shape)
-        if padding is not None:
-            scores.add_(padding)
-        softmax = torch.softmax(scores, -1)
-        dropped = scaled_mask(keep, probability, softmax.dtype).mul_(softmax)
-        context = torch.bmm(dropped.flatten(0, 1), value)
-        ctx.save_for_backward(packed, softmax, keep, context)
-        ctx.probability = probability
-        return context.view(packed.shape[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        packed, softmax, keep, context = ctx.saved_tensors
-        query, key, value = packed.flatten(1, 2)
-        scale = 1 / math.sqrt(packed.shape[-1])
-        grad = grads[0].reshape(context.shape)
-        dropped = scaled_mask(keep, ctx.probability, softmax.dtype).mul_(softmax).flatten(0, 1)
-        grad_packed = torch.empty_like(packed)
-        grad_query, grad_key, grad_value = grad_packed.flatten(1, 2)
-        torch.bmm(dropped.mT, grad, out=grad_value)
-        row_sums = (grad * context).sum(-1, keepdim=True)
-        grad_scores = dropped.mul_(torch.bmm(grad, value.mT))
-        grad_scores.addcmul_(softmax.flatten(0, 1), row_sums, value=-1).mul_(scale)
-        torch.bmm(grad_scores, key, out=grad_query)
-        torch.bmm(grad_scores.mT, query, out=grad_key)
-        return grad_packed, None, None, None
-
-
-def attend(packed: Tensor, padding: Tensor | None, keep: Tensor | None, probability: float) -> Tensor:
-    """Attention of packed ``[3, batch, heads, sequence, head]`` to ``[batch, heads, sequence, head]``.
-
-    ``padding`` ``[batch, 1, 1, sequence]`` is added to the scores; ``keep`` ``[batch, heads, sequence,
-    sequence]`` is the mask of dropout.  Without dropout torch's own attention is used: it has no way to take
-    our bits, and ours has no need to be faster than it.
-    """
-    if keep is None:
-        query, key, value = packed
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=padding)
-    context: Tensor = _DroppedAttention.apply(packed, padding, keep, probability)
-    return context
-
-
-def padding_of(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Additive mask ``[batch, 1, 1, sequence]``: 0 at real keys, the lowest number at padding."""
-    if attention_mask is None:
-        return None
-    lowest = torch.finfo(dtype).min
-    return torch.zeros_like(attention_mask, dtype=dtype).masked_fill_(~attention_mask, lowest)[:, None, None]
-
-
-class SelfAttention(nn.Module):
-    """Query, key and value of this rank's heads, and their attention (Shoeybi et al. 2019, figure 3b)."""
+    place = Place.ATTENTION_PROBABILITIES
 
     def __init__(self, shape: ModelShape, number: int, *, axis: Axis, dtype: torch.dtype) -> None:
         super().__init__()
-        self.number = number
+        self.number, self.axis = number, axis
         self.probability = shape.attention_probs_dropout_prob
         self.max_positions = shape.max_position_embeddings
         num_heads = share_of(shape.num_attention_heads, axis, "num_attention_heads")
         self.heads = range(axis.rank * num_heads, (axis.rank + 1) * num_heads)
         self.head_size = shape.head_size
+        self.has_key_distances = shape.position_embedding_type == "relative_key_query"
+        self.distance_embedding: nn.Embedding | None = None
+        if shape.is_relative:
+            self.distance_embedding = nn.Embedding(2 * self.max_positions - 1, self.head_size, dtype=dtype)
+
+    def split(self, projected: Tensor) -> Tensor:
+        """``[batch, sequence, heads x head]`` of this rank to ``[batch, heads, sequence, head]``."""
+        heads: Tensor = projected.unflatten(-1, (len(self.heads), self.head_size))
+        return heads.transpose(1, 2)
+
+    def attend(
+        self, query: Tensor, seen: KeysValues, context: Context, *, mask: Tensor | None, first_query: int
+    ) -> Attended:
+        """Attention of ``query``, the first of which is at position ``first_query``, step by step."""
+        heads, probabilities = attend_openly(
+            query,
+            seen.keys,
+            seen.values,
+            mask=self._own_heads(mask),
+            keep=self._keep(context.bits, query, first_query=first_query, keys=seen.length),
+            probability=self.probability,
+            head_mask=context.layer_head_mask(self.number),
+            distances=self._distances(query, seen.keys, first_query),
+        )
+        return Attended(_joined(heads), probabilities, seen)
+
+    def _distances(self, query: Tensor, key: Tensor, first_query: int) -> Tensor | None:
+        if self.distance_embedding is None:
+            return None
+        # Every rank has the whole embedding and uses it for its own heads: the gradients are parts of a sum.
+        embedding = copy_to(self.distance_embedding.weight, self.axis)
+        return distance_scores(
+            query, key, embedding, first_query=first_query, with_keys=self.has_key_distances
+        )
+
+    def _own_heads(self, mask: Tensor | None) -> Tensor | None:
+        """This rank's share of a mask that has one matrix for each head."""
+        if mask is None or mask.shape[1] == 1:
+            return mask
+        return mask[:, self.heads.start : self.heads.stop]
+
+    def _keep(
+        self, bits: RandomBits | None, query: Tensor, *, first_query: int, keys: int
+    ) -> Tensor | None:
+        """Mask of dropout ``[batch, heads, queries, keys]``."""
+        if bits is None or dropped_share(self.probability) == 0:
+            return None
+        end = first_query + query.shape[2]
+        positions = max(end, keys)
+        lanes = bits.attention(
+            self.number,
+            heads=self.heads,
+            positions=positions,
+            max_positions=max(positions, self.max_positions),
+            place=self.place,
+        )
+        if (end, keys) != (positions, positions) or first_query:
+            lanes = lanes[:, :, first_query:end, :keys].contiguous()
+        return keep_mask(lanes, self.probability).to(query.device, non_blocking=True)
+
+
+class SelfAttention(_Heads):
+    """Query, key and value of this rank's heads, and their attention (Shoeybi et al. 2019, figure 3b)."""
+
+    def __init__(self, shape: ModelShape, number: int, *, axis: Axis, dtype: torch.dtype) -> None:
+        super().__init__(shape, number, axis=axis, dtype=dtype)
         self.query_key_value = QueryKeyValueLinear(
             shape.hidden_size, shape.hidden_size, axis=axis, dtype=dtype
         )
         load_blocks_of(self, "query_key_value")
 
-    def forward(self, x: Tensor, padding: Tensor | None, bits: RandomBits | None) -> Tensor:
-        """``[batch, sequence, hidden]`` to ``[batch, sequence, hidden / size]``: this rank's heads in a row."""
-        batch, sequence, _ = x.shape
-        projected = self.query_key_value(x).view(batch, sequence, 3, len(self.heads), self.head_size)
+    def forward(self, x: Tensor, context: Context) -> Attended:
+        """``[batch, sequence, hidden]`` to this rank's heads in a row, ``[batch, sequence, hidden / size]``."""
+        projected = self.query_key_value(x).unflatten(-1, (3, len(self.heads), self.head_size))
         packed = projected.permute(2, 0, 3, 1, 4).contiguous()
-        context = attend(packed, padding, self._keep(bits, sequence, x.device), self.probability)
-        return context.transpose(1, 2).reshape(batch, sequence, -1)
-
-    def _keep(self, bits: RandomBits | None, sequence: int, device: torch.device) -> Tensor | None:
-        if bits is None or dropped_share(self.probability) == 0:
-            return None
-        lanes = bits.attention(
-            self.number, heads=self.heads, positions=sequence, max_positions=self.max_positions
+        if context.is_plain and self.distance_embedding is None:
+            keep = self._keep(context.bits, packed[0], first_query=0, keys=packed.shape[3])
+            return Attended(_joined(attend(packed, self._own_heads(context.mask), keep, self.probability)))
+        query, key, value = packed
+        first_query = 0
+        if context.past is not None:
+            past = context.past[self.number].own
+            key, value = torch.cat([past.keys, key], 2), torch.cat([past.values, value], 2)
+            first_query = past.length
+        return self.attend(
+            query, KeysValues(key, value), context, mask=context.mask, first_query=first_query
         )
-        return keep_mask(lanes, self.probability).to(device, non_blocking=True)
+
+
+class CrossAttention(_Heads):
+    """Queries of a decoder over the states of an encoder, which may have another length."""
+
+    place = Place.CROSS_ATTENTION_PROBABILITIES
+
+    def __init__(self, shape: ModelShape, number: int, *, axis: Axis, dtype: torch.dtype) -> None:
+        super().__init__(shape, number, axis=axis, dtype=dtype)
+        size = shape.hidden_size
+        self.query = ColumnParallelLinear(size, size, axis=axis, dtype=dtype)
+        self.key = ColumnParallelLinear(size, size, axis=axis, dtype=dtype)
+        self.value = ColumnParallelLinear(size, size, axis=axis, dtype=dtype)
+
+    def forward(self, x: Tensor, context: Context) -> Attended:
+        """``[batch, sequence, hidden]`` to this rank's heads in a row, ``[batch, sequence, hidden / size]``."""
+        past = None if context.past is None else context.past[self.number]
+        return self.attend(
+            self.split(self.query(x)),
+            self._encoder(context.encoder_states) if past is None or past.cross is None else past.cross,
+            context,
+            mask=context.encoder_mask,
+            first_query=0 if past is None else past.own.length,
+        )
+
+    def _encoder(self, states: Tensor | None) -> KeysValues:
+        assert states is not None, "the layer calls its cross-attention only where there is something to see"
+        return KeysValues(self.split(self.key(states)), self.split(self.value(states)))
 
 
 class AttentionOutput(nn.Module):
     """Projection of the joined heads, then dropout and the residual."""
 
-    def __init__(self, shape: ModelShape, number: int, *, axis: Axis, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: ModelShape, number: int, *, place: Place, axis: Axis, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.number, self.probability = number, shape.hidden_dropout_prob
+        self.number, self.place, self.probability = number, place, shape.hidden_dropout_prob
         self.dense = RowParallelLinear(shape.hidden_size, shape.hidden_size, axis=axis, dtype=dtype)
 
     def forward(self, x: Tensor, residual: Tensor, bits: RandomBits | None) -> Tensor:
         """This rank's ``[batch, sequence, hidden / size]`` to ``[batch, sequence, hidden]``."""
-        place = Place.ATTENTION_OUTPUT
         return dropout_add(
-            self.dense(x), residual, bits, probability=self.probability, layer=self.number, place=place
+            self.dense(x),
+            residual,
+            bits,
+            probability=self.probability,
+            layer=self.number,
+            place=self.place,
         )
 
 
 class AttentionBlock(nn.Module):
-    """First sublayer: ``x + dropout(dense(attention(ln(x))))``."""
+    """A sublayer ``x + dropout(dense(attention(ln(x))))``, of self- or, in a decoder, cross-attention."""
 
-    def __init__(self, shape: ModelShape, number: int, *, axis: Axis, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: ModelShape, number: int, *, is_cross: bool, axis: Axis, dtype: torch.dtype
+    ) -> None:
         super().__init__()
+        kind = CrossAttention if is_cross else SelfAttention
+        place = Place.CROSS_ATTENTION_OUTPUT if is_cross else Place.ATTENTION_OUTPUT
         self.ln = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps, dtype=dtype)
-        self.self = SelfAttention(shape, number, axis=axis, dtype=dtype)
-        self.output = AttentionOutput(shape, number, axis=axis, dtype=dtype)
+        self.self = kind(shape, number, axis=axis, dtype=dtype)
+        self.output = AttentionOutput(shape, number, place=place, axis=axis, dtype=dtype)
 
-    def forward(self, x: Tensor, padding: Tensor | None, bits: RandomBits | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Attended:
         """``[batch, sequence, hidden]`` to the same shape."""
-        output: Tensor = self.output(self.self(self.ln(x), padding, bits), x, bits)
-        return output
+        attended: Attended = self.self(self.ln(x), context)
+        return replace(attended, hidden=self.output(attended.hidden, x, context.bits))
+
+
+def _joined(heads: Tensor) -> Tensor:
+    """``[batch, heads, sequence, head]`` to ``[batch, sequence, heads x head]``."""
+    return heads.transpose(1, 2).flatten(2)

@@ -21,12 +21,32 @@ class Embeddings(nn.Module):
         )
         self.position_embeddings = nn.Embedding(shape.max_position_embeddings, hidden, dtype=dtype)
         self.token_type_embeddings = nn.Embedding(shape.type_vocab_size, hidden, dtype=dtype)
+        self.has_positions = not shape.is_relative
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor, bits: RandomBits | None) -> Tensor:
-        """``[batch, sequence]`` ids and segments to ``[batch, sequence, hidden]``."""
-        words = self.word_embeddings(input_ids)
-        positions = self.position_embeddings.weight[: input_ids.shape[1]]
-        embedded = words + self.token_type_embeddings(token_type_ids) + positions
+    def forward(
+        self,
+        words: Tensor,
+        token_type_ids: Tensor,
+        bits: RandomBits | None,
+        *,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Ids ``[batch, sequence]``, or embedded words ``[batch, sequence, hidden]``, to the latter's shape.
+
+        Positions count from 0 unless ``position_ids`` ``[1 or batch, sequence]`` are given; relative ones are
+        not added here.
+        """
+        if not words.is_floating_point():
+            words = self.word_embeddings(words)
+        embedded = words + self.token_type_embeddings(token_type_ids)
+        if self.has_positions:
+            embedded = embedded + self._positions(position_ids, words.shape[1])
         return dropout_add(
             embedded, None, bits, probability=self.probability, layer=0, place=Place.EMBEDDINGS
         )
+
+    def _positions(self, position_ids: Tensor | None, length: int) -> Tensor:
+        if position_ids is None:
+            return self.position_embeddings.weight[:length]
+        positions: Tensor = self.position_embeddings(position_ids)
+        return positions

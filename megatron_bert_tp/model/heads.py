@@ -1,14 +1,15 @@
-"""The two pretraining heads on the last stage: masked language model and next sentence."""
+"""What stands on the encoder on the last stage: language model, next sentence, classifiers."""
 
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_bert_tp.model.shape import ModelShape
+from megatron_bert_tp.model.activations import ACTIVATION_FUNCTIONS
+from megatron_bert_tp.model.shape import Head, ModelShape
 from megatron_bert_tp.parallel.linear import VocabParallelProjection
 from megatron_bert_tp.parallel.mesh import Axis
+from megatron_bert_tp.parallel.random_bits import Place, RandomBits, dropout_add
 from megatron_bert_tp.parallel.sharding import Sharding, padded_share
 
 
@@ -25,16 +26,17 @@ class Pooler(nn.Module):
 
 
 class PredictionTransform(nn.Module):
-    """Dense, GELU, LayerNorm before the projection on the vocabulary; replicated over the tensor axis."""
+    """Dense, activation, LayerNorm before the projection on the vocabulary; replicated over the tensor axis."""
 
-    def __init__(self, hidden_size: int, layer_norm_eps: float, *, dtype: torch.dtype) -> None:
+    def __init__(self, shape: ModelShape, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dense = nn.Linear(hidden_size, hidden_size, dtype=dtype)
-        self.LayerNorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps, dtype=dtype)
+        self.activation = ACTIVATION_FUNCTIONS[shape.hidden_act]
+        self.dense = nn.Linear(shape.hidden_size, shape.hidden_size, dtype=dtype)
+        self.LayerNorm = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps, dtype=dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[..., hidden]`` to the same shape."""
-        normed: Tensor = self.LayerNorm(F.gelu(self.dense(hidden)))
+        normed: Tensor = self.LayerNorm(self.activation(self.dense(hidden)))
         return normed
 
 
@@ -52,7 +54,7 @@ class MaskedLanguageModelHead(nn.Module):
         self.axis = axis
         self.full_shapes = {"bias": (shape.vocab_size,)}
         self.bias = nn.Parameter(torch.zeros(padded_share(shape.vocab_size, axis), dtype=dtype))
-        self.transform = PredictionTransform(shape.hidden_size, shape.layer_norm_eps, dtype=dtype)
+        self.transform = PredictionTransform(shape, dtype=dtype)
         self.decoder = VocabParallelProjection(shape.hidden_size, shape.vocab_size, axis=axis, dtype=dtype)
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -61,10 +63,20 @@ class MaskedLanguageModelHead(nn.Module):
         return logits
 
 
-class PretrainingHeads(nn.Module):
-    """Both heads under Hugging Face's prefix ``cls``."""
+class LanguageHeads(nn.Module):
+    """The language model and the next-sentence head under Hugging Face's prefix ``cls``, as ``head`` has them."""
 
-    def __init__(self, shape: ModelShape, *, axis: Axis, dtype: torch.dtype) -> None:
+    def __init__(self, shape: ModelShape, head: Head, *, axis: Axis, dtype: torch.dtype) -> None:
         super().__init__()
-        self.predictions = MaskedLanguageModelHead(shape, axis=axis, dtype=dtype)
-        self.seq_relationship = nn.Linear(shape.hidden_size, 2, dtype=dtype)
+        if head.has_predictions:
+            self.predictions = MaskedLanguageModelHead(shape, axis=axis, dtype=dtype)
+        if head.has_next_sentence:
+            self.seq_relationship = nn.Linear(shape.hidden_size, 2, dtype=dtype)
+
+
+def classify(linear: nn.Module, states: Tensor, bits: RandomBits | None, probability: float) -> Tensor:
+    """Dropout, then the linear layer: ``[batch, hidden]`` or ``[batch, sequence, hidden]`` to logits."""
+    rows = states if states.dim() == 3 else states[:, None]
+    dropped = dropout_add(rows, None, bits, probability=probability, layer=0, place=Place.CLASSIFIER)
+    logits: Tensor = linear(dropped if states.dim() == 3 else dropped[:, 0])
+    return logits

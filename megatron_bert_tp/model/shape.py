@@ -50,8 +50,8 @@ POSITION_EMBEDDING_TYPES = ("absolute", "relative_key", "relative_key_query")
 class Head:
     """What stands on the encoder: one for each class of Hugging Face's family.
 
-    ``linear`` names a linear layer over the pooled output or over every position, of ``num_outputs`` rows, or
-    of ``num_labels`` where that is None.
+    ``linear`` names a linear layer over the pooled output or, without a pooler, over every position.  It has
+    ``num_outputs`` rows, or ``num_labels`` where that is None, and dropout before it where ``has_dropout``.
     """
 
     architecture: str
@@ -60,6 +60,7 @@ class Head:
     has_next_sentence: bool = False
     linear: str | None = None
     num_outputs: int | None = None
+    has_dropout: bool = True
 
     def rows(self, shape: ModelShape) -> int:
         """Outputs of the linear layer."""
@@ -77,7 +78,7 @@ HEADS = {
         Head("MegatronBertForSequenceClassification", has_pooler=True, linear="classifier"),
         Head("MegatronBertForMultipleChoice", has_pooler=True, linear="classifier", num_outputs=1),
         Head("MegatronBertForTokenClassification", linear="classifier"),
-        Head("MegatronBertForQuestionAnswering", linear="qa_outputs", num_outputs=2),
+        Head("MegatronBertForQuestionAnswering", linear="qa_outputs", num_outputs=2, has_dropout=False),
     )
 }
 PRETRAINING = HEADS["MegatronBertForPreTraining"]

@@ -1,16 +1,18 @@
 """The part of a MegatronBert that one pipeline stage holds; a plan of all layers makes the whole model."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from megatron_bert_tp.model.attention import padding_of
+from megatron_bert_tp.errors import LayoutError
+from megatron_bert_tp.model.context import Context
 from megatron_bert_tp.model.embeddings import Embeddings
-from megatron_bert_tp.model.heads import Pooler, PretrainingHeads
-from megatron_bert_tp.model.layer import Layer
-from megatron_bert_tp.model.shape import ModelShape, tied_names
+from megatron_bert_tp.model.encoder import Encoder
+from megatron_bert_tp.model.heads import LanguageHeads, Pooler, classify
+from megatron_bert_tp.model.masks import self_attention_mask
+from megatron_bert_tp.model.shape import PRETRAINING, Head, ModelShape, tied_names
 from megatron_bert_tp.parallel.gradients import TiedWeight
 from megatron_bert_tp.parallel.mesh import Axis
 from megatron_bert_tp.parallel.random_bits import RandomBits
@@ -33,6 +35,11 @@ class StageInput(Protocol):
     @property
     def sample_numbers(self) -> tuple[int, ...]:
         """``[batch]`` numbers from which dropout bits are drawn."""
+
+
+class MaskedInput(StageInput, Protocol):
+    """What a language-model head reads besides."""
+
     @property
     def masked_positions(self) -> Tensor:
         """``[masked]`` int64, flat index into batch x sequence."""
@@ -46,39 +53,25 @@ class PretrainingLogits:
     next_sentence: Tensor
 
 
-class Encoder(nn.Module):
-    """The layers of one stage under their global numbers, and the final LayerNorm on the last."""
-
-    def __init__(self, shape: ModelShape, plan: StagePlan, *, axis: Axis, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.is_last = plan.is_last
-        self.layer = nn.ModuleDict(
-            {str(number): Layer(shape, number, axis=axis, dtype=dtype) for number in plan.layers}
-        )
-        if plan.is_last:
-            self.ln = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps, dtype=dtype)
-
-    def forward(self, hidden: Tensor, padding: Tensor | None, bits: RandomBits | None) -> Tensor:
-        """``[batch, sequence, hidden]`` to the same shape."""
-        for layer in self.layer.values():
-            hidden = layer(hidden, padding, bits)
-        return self.ln(hidden) if self.is_last else hidden
+Output = Tensor | PretrainingLogits
 
 
 class Trunk(nn.Module):
-    """What Hugging Face's prefix ``bert`` holds: embeddings, encoder, pooler, as far as the plan has them."""
+    """What Hugging Face's prefix ``bert`` holds: embeddings, encoder, pooler, as plan and head have them."""
 
-    def __init__(self, shape: ModelShape, plan: StagePlan, *, axis: Axis, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: ModelShape, plan: StagePlan, *, has_pooler: bool, axis: Axis, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         if plan.is_first:
             self.embeddings = Embeddings(shape, axis=axis, dtype=dtype)
         self.encoder = Encoder(shape, plan, axis=axis, dtype=dtype)
-        if plan.is_last:
+        if plan.is_last and has_pooler:
             self.pooler = Pooler(shape.hidden_size, dtype=dtype)
 
 
 class MegatronBertStage(nn.Module):
-    """One pipeline stage of a `MegatronBertForPreTraining`.
+    """One pipeline stage of any model of the family, which ``head`` decides.
 
     ``seed`` names the dropout bits; in evaluation mode there is no dropout.  Parameters start at zero
     (LayerNorms at one): call `model.initialisation.initialise_` or load weights.
@@ -90,35 +83,70 @@ class MegatronBertStage(nn.Module):
         plan: StagePlan,
         *,
         axis: Axis,
+        head: Head = PRETRAINING,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.shape, self.plan, self.seed, self.dtype = shape, plan, seed, dtype
+        if shape.add_cross_attention and not (plan.is_first and plan.is_last):
+            raise LayoutError(
+                "cross-attention reads the encoder's states in every layer, and a pipeline sends only the "
+                "decoder's from stage to stage; use a pipeline size of 1, and more tensor ranks if memory is short"
+            )
+        self.shape, self.plan, self.head, self.seed, self.dtype = shape, plan, head, seed, dtype
         self.axis = axis
-        self.bert = Trunk(shape, plan, axis=axis, dtype=dtype)
+        self.bert = Trunk(shape, plan, has_pooler=head.has_pooler, axis=axis, dtype=dtype)
         if plan.is_last:
-            self.cls = PretrainingHeads(shape, axis=axis, dtype=dtype)
-        if plan.is_first and plan.is_last and shape.tie_word_embeddings:
+            self._add_head()
+        if plan.is_first and plan.is_last and tied_names(shape, head):
             # One storage, two leaves: the two gradients stay apart, as they do on two stages.
             self.cls.predictions.decoder.weight.data = self.bert.embeddings.word_embeddings.weight.data
 
-    def forward(self, received: Tensor | None, batch: StageInput) -> Tensor | PretrainingLogits:
+    def _add_head(self) -> None:
+        shape, head = self.shape, self.head
+        if head.has_predictions or head.has_next_sentence:
+            self.cls = LanguageHeads(shape, head, axis=self.axis, dtype=self.dtype)
+        if head.linear:
+            linear = nn.Linear(shape.hidden_size, head.rows(shape), dtype=self.dtype)
+            self.add_module(head.linear, linear)
+
+    def forward(self, received: Tensor | None, batch: StageInput) -> Output:
         """Hidden states ``[batch, sequence, hidden]`` from the stage before (None on the first) to the next's.
 
-        The last stage gives `PretrainingLogits`, at the masked positions only.
+        The last stage gives what its head computes: `PretrainingLogits`; this rank's logits ``[masked, share]`` at
+        the masked positions; ``[batch, classes]``; ``[batch, sequence, classes]``; or the hidden states.
         """
         bits = RandomBits(self.seed, batch.sample_numbers) if self.training else None
-        padding = padding_of(batch.attention_mask, self.dtype)
         if received is None:
             received = self.bert.embeddings(batch.input_ids, batch.token_type_ids, bits)
-        hidden = self.bert.encoder(received, padding, bits)
-        return self._logits(hidden, batch) if self.plan.is_last else hidden
+        context = Context(mask=self._mask(batch, received), bits=bits)
+        hidden: Tensor = self.bert.encoder(received, context).hidden
+        return self._output(hidden, batch, bits) if self.plan.is_last else hidden
 
-    def _logits(self, hidden: Tensor, batch: StageInput) -> PretrainingLogits:
-        rows = hidden.flatten(0, 1).index_select(0, batch.masked_positions)
-        masked = self.cls.predictions(rows)
-        return PretrainingLogits(masked, self.cls.seq_relationship(self.bert.pooler(hidden)))
+    def _mask(self, batch: StageInput, hidden: Tensor) -> Tensor | None:
+        length = hidden.shape[1]
+        return self_attention_mask(
+            batch.attention_mask, queries=length, keys=length, is_causal=self.shape.is_decoder, like=hidden
+        )
+
+    def _output(self, hidden: Tensor, batch: StageInput, bits: RandomBits | None) -> Output:
+        if self.head.linear:
+            return self.logits_of_classes(self.bert.pooler(hidden) if self.head.has_pooler else hidden, bits)
+        if not self.head.has_predictions:
+            return self._next_sentence(hidden) if self.head.has_next_sentence else hidden
+        rows = hidden.flatten(0, 1).index_select(0, cast(MaskedInput, batch).masked_positions)
+        masked: Tensor = self.cls.predictions(rows)
+        return PretrainingLogits(masked, self._next_sentence(hidden)) if self.head.has_next_sentence else masked
+
+    def _next_sentence(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.cls.seq_relationship(self.bert.pooler(hidden))
+        return logits
+
+    def logits_of_classes(self, states: Tensor, bits: RandomBits | None) -> Tensor:
+        """Dropout and the linear layer of the head on pooled ``[batch, hidden]`` or all positions' states."""
+        assert self.head.linear is not None
+        probability = self.shape.hidden_dropout_prob if self.head.has_dropout else 0.0
+        return classify(self.get_submodule(self.head.linear), states, bits, probability)
 
     def boundary_shape(self, batch: StageInput) -> tuple[int, int, int]:
         """Shape ``[batch, sequence, hidden]`` of what one stage sends to the next for this microbatch."""
@@ -127,11 +155,11 @@ class MegatronBertStage(nn.Module):
 
     def parts(self) -> list[Part]:
         """Every named rectangle of a tensor that this stage holds on this rank."""
-        return parts(self, self.axis, tied_names(self.shape))
+        return parts(self, self.axis, tied_names(self.shape, self.head))
 
     def tied(self) -> TiedWeight | None:
         """The copies of the word embeddings here, or None when they are not tied or not on this stage."""
-        if not self.shape.tie_word_embeddings or not (self.plan.is_first or self.plan.is_last):
+        if not tied_names(self.shape, self.head) or not (self.plan.is_first or self.plan.is_last):
             return None
         lookup = self.bert.embeddings.word_embeddings.weight if self.plan.is_first else None
         projection = self.cls.predictions.decoder.weight if self.plan.is_last else None
@@ -141,5 +169,5 @@ class MegatronBertStage(nn.Module):
         """Parameters that an optimizer moves, by name; a tied copy that shares its storage is left out."""
         named = dict(self.named_parameters())
         if self.plan.is_first and self.plan.is_last:
-            return {name: value for name, value in named.items() if name not in tied_names(self.shape)}
+            return {name: value for name, value in named.items() if name not in tied_names(self.shape, self.head)}
         return named

@@ -60,7 +60,11 @@ class _RowProduct(torch.autograd.Function):
 def share_of(features: int, axis: Axis, what: str) -> int:
     """Features per rank; raises `LayoutError` when they do not divide."""
     if features % axis.size:
-        raise LayoutError(f"{what} ({features}) must be a multiple of the {axis.name} size ({axis.size})")
+        divisors = [str(size) for size in range(1, features + 1) if features % size == 0]
+        raise LayoutError(
+            f"{what} ({features}) must be a multiple of the {axis.name} size ({axis.size}); sizes that work: "
+            f"{', '.join(divisors[:12])}"
+        )
     return features // axis.size
 
 
@@ -73,9 +77,12 @@ class ColumnParallelLinear(nn.Module):
 
     SHARDINGS: ClassVar[dict[str, Sharding]] = {"weight": Sharding(dim=0), "bias": Sharding(dim=0)}
 
-    def __init__(self, in_features: int, out_features: int, *, axis: Axis, dtype: torch.dtype) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, axis: Axis, dtype: torch.dtype, what: str = "out_features"
+    ) -> None:
+        """``what`` names ``out_features`` in errors."""
         super().__init__()
-        share = share_of(out_features, axis, "out_features")
+        share = share_of(out_features, axis, what)
         self.axis = axis
         self.full_shapes = {"weight": (out_features, in_features), "bias": (out_features,)}
         self.weight = nn.Parameter(torch.empty(share, in_features, dtype=dtype))

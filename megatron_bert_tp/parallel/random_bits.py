@@ -28,6 +28,9 @@ class Place(IntEnum):
     ATTENTION_PROBABILITIES = 1
     ATTENTION_OUTPUT = 2
     MLP_OUTPUT = 3
+    CROSS_ATTENTION_PROBABILITIES = 4
+    CROSS_ATTENTION_OUTPUT = 5
+    CLASSIFIER = 6
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,15 @@ class RandomBits:
         ]
         return torch.from_numpy(np.stack(drawn)).view(-1, positions, features)
 
-    def attention(self, layer: int, *, heads: range, positions: int, max_positions: int) -> Tensor:
+    def attention(
+        self,
+        layer: int,
+        *,
+        heads: range,
+        positions: int,
+        max_positions: int,
+        place: Place = Place.ATTENTION_PROBABILITIES,
+    ) -> Tensor:
         """Lanes ``[samples, heads, positions, positions]`` of the global ``heads``.
 
         Element = (head x max_positions + query) x max_positions + key.
@@ -67,9 +78,7 @@ class RandomBits:
         drawn = np.empty(shape, dtype=np.int16)
         for row, sample in enumerate(self.samples):
             for column, run in enumerate(_runs(heads, positions, max_positions)):
-                lanes = self.lanes(
-                    sample, layer=layer, place=Place.ATTENTION_PROBABILITIES, start=run.start, count=len(run)
-                )
+                lanes = self.lanes(sample, layer=layer, place=place, start=run.start, count=len(run))
                 drawn[row].reshape(-1)[column * len(run) : (column + 1) * len(run)] = lanes
         return torch.from_numpy(drawn)[..., :positions].contiguous()
 
@@ -120,13 +129,15 @@ def scaled_mask(mask: Tensor, probability: float, dtype: torch.dtype) -> Tensor:
 class _DropoutAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, mask: Tensor, probability: float) -> Tensor:
-        ctx.mask, ctx.probability = mask, probability
+        ctx.save_for_backward(mask)
+        ctx.probability = probability
         dropped = scaled_mask(mask, probability, x.dtype).mul_(x)
         return dropped if residual is None else dropped.add_(residual)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        grad = scaled_mask(ctx.mask, ctx.probability, grads[0].dtype).mul_(grads[0])
+        (mask,) = ctx.saved_tensors
+        grad = scaled_mask(mask, ctx.probability, grads[0].dtype).mul_(grads[0])
         return grad, grads[0] if ctx.needs_input_grad[1] else None, None, None
 
 

@@ -75,7 +75,12 @@ class Part:
 
 
 def padded_share(size: int, axis: Axis, *, multiple: int = 8) -> int:
-    """Rows per rank when ``size`` rows need not divide: rounded up, to a multiple that suits the hardware."""
+    """Rows per rank when ``size`` rows need not divide: rounded up, to a multiple that suits the hardware.
+
+    An axis of one rank holds just what there is.
+    """
+    if axis.size == 1:
+        return size
     share = -(-size // axis.size)
     return -(-share // multiple) * multiple
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_bert_tp.model.attention import attend, padding_of
+from megatron_bert_tp.model.dot_product import attend
+from megatron_bert_tp.model.masks import self_attention_mask
 from megatron_bert_tp.parallel.random_bits import RandomBits, dropped_share, keep_mask
 
 BATCH, HEADS, SEQUENCE, HEAD = 2, 3, 7, 4
@@ -22,6 +23,11 @@ def draw(*shape: int, seed: int) -> Tensor:
 def keep_of(probability: float) -> Tensor:
     lanes = RandomBits(3, (5, 6)).attention(1, heads=range(HEADS), positions=SEQUENCE, max_positions=9)
     return keep_mask(lanes, probability)
+
+
+def padding_of(mask: Tensor | None) -> Tensor | None:
+    like = torch.zeros((), dtype=torch.float64)
+    return self_attention_mask(mask, queries=SEQUENCE, keys=SEQUENCE, is_causal=False, like=like)
 
 
 def composed(packed: Tensor, mask: Tensor | None, keep: Tensor | None, probability: float) -> Tensor:
@@ -42,7 +48,7 @@ def test_attention_equals_the_plain_composition(probability, mask):
     keep = keep_of(probability) if probability else None
     ours, truth = (draw(3, BATCH, HEADS, SEQUENCE, HEAD, seed=1).requires_grad_() for _ in range(2))
     grad = draw(BATCH, HEADS, SEQUENCE, HEAD, seed=2)
-    found = attend(ours, padding_of(mask, torch.float64), keep, probability)
+    found = attend(ours, padding_of(mask), keep, probability)
     expected = composed(truth, mask, keep, probability)
     found.backward(grad)
     expected.backward(grad)
@@ -53,7 +59,7 @@ def test_attention_equals_the_plain_composition(probability, mask):
 
 def test_gradcheck_with_dropout_and_padding():
     packed = draw(3, BATCH, HEADS, SEQUENCE, HEAD, seed=1).requires_grad_()
-    padding = padding_of(MASK, torch.float64)
+    padding = padding_of(MASK)
     assert torch.autograd.gradcheck(lambda x: attend(x, padding, keep_of(0.3), 0.3), packed)
 
 
@@ -71,9 +77,9 @@ def test_what_stands_at_padding_has_no_influence(keep):
     packed = draw(3, BATCH, HEADS, SEQUENCE, HEAD, seed=1)
     changed = packed.clone()
     changed[1:, 1, :, 4:] = 1e3
-    padding = padding_of(MASK, torch.float64)
+    padding = padding_of(MASK)
     assert torch.equal(attend(packed, padding, keep, 0.3), attend(changed, padding, keep, 0.3))
 
 
 def test_no_mask_means_no_padding():
-    assert padding_of(None, torch.float64) is None
+    assert padding_of(None) is None

@@ -1,0 +1,92 @@
+"""What goes through all layers of one forward pass beside the hidden states, and what they leave behind."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_bert_tp.parallel.random_bits import RandomBits
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """Keys and values of this rank's heads, each ``[batch, heads / size, keys, head]``."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def length(self) -> int:
+        """Number of keys."""
+        return self.keys.shape[2]
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What a decoder layer need not compute again: its own keys so far, and those of the encoder."""
+
+    own: KeysValues
+    cross: KeysValues | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """The same for every layer of a pass.
+
+    ``mask`` and ``encoder_mask`` are added to scores ``[batch, heads, queries, keys]``; without ``bits`` there
+    is no dropout.  ``head_mask`` ``[layers, 1 or batch, heads / size, 1 or queries, 1 or keys]`` multiplies the
+    probabilities of this rank's heads.  ``encoder_states`` ``[batch, keys, hidden]`` are what cross-attention
+    looks at, and ``past`` has one cache for each layer.
+    """
+
+    mask: Tensor | None = None
+    bits: RandomBits | None = None
+    head_mask: Tensor | None = None
+    encoder_states: Tensor | None = None
+    encoder_mask: Tensor | None = None
+    past: tuple[LayerCache, ...] | None = None
+    keeps_hidden: bool = False
+    keeps_probabilities: bool = False
+    keeps_cache: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether attention needs nothing but a mask and dropout, and nobody asks for what is inside."""
+        return not (self.keeps_probabilities or self.keeps_cache) and self.head_mask is None and self.past is None
+
+    def layer_head_mask(self, number: int) -> Tensor | None:
+        """Head mask of one layer."""
+        return None if self.head_mask is None else self.head_mask[number]
+
+
+@dataclass(frozen=True)
+class Attended:
+    """Result of attention: hidden states, and what they came from, unless it was computed in one go."""
+
+    hidden: Tensor
+    probabilities: Tensor | None = None
+    seen: KeysValues | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a layer leaves behind where the context asks for it.
+
+    Probabilities, after dropout and head mask, are ``[batch, heads / size, queries, keys]``.
+    """
+
+    probabilities: Tensor | None = None
+    cross_probabilities: Tensor | None = None
+    cache: LayerCache | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Result of the layers of a stage.
+
+    ``hidden`` ``[batch, sequence, hidden]``; ``states`` are the inputs of all layers and then ``hidden``, if they
+    were asked for; ``kept`` has one entry for each layer.
+    """
+
+    hidden: Tensor
+    states: tuple[Tensor, ...]
+    kept: tuple[Kept, ...]

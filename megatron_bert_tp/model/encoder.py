@@ -1,0 +1,49 @@
+"""The layers of one stage, one after another."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_bert_tp.model.context import Context, Encoded, Kept
+from megatron_bert_tp.model.layer import Layer
+from megatron_bert_tp.model.shape import ModelShape
+from megatron_bert_tp.parallel.mesh import Axis
+from megatron_bert_tp.pipeline.partition import StagePlan
+
+
+class Encoder(nn.Module):
+    """The layers of one stage under their global numbers, and the final LayerNorm on the last.
+
+    With ``recomputes``, training keeps only the input of each layer and computes its inside again in the backward
+    (Chen et al. 2016); the dropout bits are named, so they are the same the second time.
+    """
+
+    def __init__(self, shape: ModelShape, plan: StagePlan, *, axis: Axis, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.is_last, self.recomputes = plan.is_last, False
+        self.layer = nn.ModuleDict(
+            {str(number): Layer(shape, number, axis=axis, dtype=dtype) for number in plan.layers}
+        )
+        if plan.is_last:
+            self.ln = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps, dtype=dtype)
+
+    def forward(self, hidden: Tensor, context: Context) -> Encoded:
+        """``[batch, sequence, hidden]`` to the same shape, and what the context asks for."""
+        states: list[Tensor] = []
+        kept: list[Kept] = []
+        for layer in self.layer.values():
+            if context.keeps_hidden:
+                states.append(hidden)
+            hidden, left = self._run(layer, hidden, context)
+            kept.append(left)
+        if self.is_last:
+            hidden = self.ln(hidden)
+        return Encoded(hidden, (*states, hidden) if context.keeps_hidden else (), tuple(kept))
+
+    def _run(self, layer: nn.Module, hidden: Tensor, context: Context) -> tuple[Tensor, Kept]:
+        if self.recomputes and self.training:
+            again = checkpoint(layer, hidden, context, use_reentrant=False, preserve_rng_state=False)
+            return cast(tuple[Tensor, Kept], again)
+        return cast(tuple[Tensor, Kept], layer(hidden, context))
