@@ -31,3 +31,7 @@ class FormatError(MegatronBertError):
 
 class TrainingError(MegatronBertError):
     """A run cannot go on, such as with a loss that is no number."""
+
+
+class ArgumentError(MegatronBertError, ValueError):
+    """An argument of a model's method is missing, misshapen or cannot work with this model."""

@@ -103,11 +103,16 @@ def environment_reads(text: str) -> list[str]:
 
 
 def unsafe_reads(text: str) -> list[str]:
-    """Ways to read a file that can run what it holds."""
+    """Ways to read a file that can run what it holds; ``torch.load(weights_only=True)`` cannot."""
     tree = ast.parse(text)
+    harmless = {id(node.func) for node in ast.walk(tree) if _is_harmless_load(node)}
     imports = [(line, name) for line, name in imported_names(tree) if name.split(".")[0] in PICKLES]
     imports += [(line, name) for line, name in imported_names(tree) if _is_unsafe(name)]
-    chains = [(node.lineno, dotted(node)) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    chains = [
+        (node.lineno, dotted(node))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and id(node) not in harmless
+    ]
     calls = [(line, name) for line, name in chains if _is_unsafe(name) or name.split(".")[0] in PICKLES]
     keywords = [
         (node.value.lineno, "allow_pickle")
@@ -120,6 +125,15 @@ def unsafe_reads(text: str) -> list[str]:
         if isinstance(node, ast.Call) and dotted(node.func) in {"eval", "exec"}
     ]
     return [f"line {line}: {name}" for line, name in sorted({*imports, *calls, *keywords, *builtins})]
+
+
+def _is_harmless_load(node: ast.AST) -> bool:
+    """A call of torch.load that says ``weights_only=True`` itself, and no settings that come from elsewhere."""
+    if not isinstance(node, ast.Call) or dotted(node.func) != "torch.load":
+        return False
+    given = {keyword.arg: keyword.value for keyword in node.keywords}
+    value = given.get("weights_only")
+    return None not in given and isinstance(value, ast.Constant) and value.value is True
 
 
 def _is_unsafe(name: str) -> bool:
@@ -147,6 +161,9 @@ def test_the_environment_is_read_in_one_place(path):
         (unsafe_reads, "import pickle", ["line 1: pickle"]),
         (unsafe_reads, "from torch import load", ["line 1: torch.load"]),
         (unsafe_reads, "import torch\ntorch.load(path)", ["line 2: torch.load"]),
+        (unsafe_reads, "import torch\ntorch.load(path, weights_only=True)", []),
+        (unsafe_reads, "import torch\ntorch.load(path, weights_only=flag)", ["line 2: torch.load"]),
+        (unsafe_reads, "import torch\ntorch.load(path, weights_only=True, **more)", ["line 2: torch.load"]),
         (unsafe_reads, "import torch.distributed.checkpoint as dcp", ["line 1: torch.distributed.checkpoint"]),
         (unsafe_reads, "import numpy as np\nnp.load(path, allow_pickle=True)", ["line 2: allow_pickle"]),
         (unsafe_reads, "import yaml\nyaml.load(text)\neval(text)", ["line 2: yaml.load", "line 3: eval"]),

@@ -73,9 +73,13 @@ def read_object(path: Path, *, largest: int, error: type[MegatronBertError]) -> 
     if size > largest:
         raise error(f"{path}: has {readable(size)}, more than the {readable(largest)} that are credible")
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), parse_constant=_refuse)
     except (ValueError, RecursionError) as cause:
         raise error(f"{path}: not valid JSON ({cause}); the file is damaged") from cause
     if not isinstance(value, dict):
         raise error(f"{path}: must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")

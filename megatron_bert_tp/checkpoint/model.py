@@ -1,7 +1,7 @@
 """Which model a checkpoint is of, and whether that is the model of a run."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 
 from megatron_bert_tp.checkpoint.durable import JSON
 from megatron_bert_tp.checkpoint.read import Checkpoint
@@ -20,7 +20,7 @@ MODEL = "model"
 """Fact under which the numbers of the model stand: a `ModelShape` as an object."""
 ARCHITECTURE = "architecture"
 """Fact under which the name of the model's class stands, as in `model.shape.HEADS`."""
-_FREE = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}
+_FREE = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "num_labels"}
 _KINDS: dict[object, str] = {int: "a whole number in the possible range", float: "a number", bool: "true or false"}
 _CHOICES = {"hidden_act": ACTIVATIONS, "position_embedding_type": POSITION_EMBEDDING_TYPES}
 _LARGEST = 2**31  # of any size
@@ -30,8 +30,11 @@ _LARGEST_DEPTH = 10_000  # layers; names are listed for each before anything is 
 def check_model(checkpoint: Checkpoint, shape: ModelShape) -> None:
     """CheckpointError, with the numbers that differ, unless the checkpoint is of the model ``shape``.
 
-    Dropout probabilities and the initializer range may differ.
+    Dropout probabilities, the initializer range and the number of labels may differ.
     """
+    head = head_of(checkpoint)
+    if head != PRETRAINING:
+        raise CheckpointError(f"{checkpoint.directory}: {missing_heads(shape, head)}")
     differing = differences(shape_of(checkpoint), shape)
     if differing:
         raise CheckpointError(
@@ -42,13 +45,27 @@ def check_model(checkpoint: Checkpoint, shape: ModelShape) -> None:
 
 
 def head_of(checkpoint: Checkpoint) -> Head:
-    """The class of a checkpoint; one that does not say it is of a `MegatronBertForPreTraining`."""
+    """The class of a checkpoint; one that does not say it is of a `MegatronBertForPreTraining`.
+
+    A bare `MegatronBertModel` may have been saved without its pooler.
+    """
     name = checkpoint.facts.get(ARCHITECTURE, PRETRAINING.architecture)
     if not isinstance(name, str) or name not in HEADS:
         raise CheckpointError(
             f"{checkpoint.directory}: its facts name the class {name!r}; known are {', '.join(HEADS)}"
         )
-    return HEADS[name]
+    head = HEADS[name]
+    is_bare = name == "MegatronBertModel" and "bert.pooler.dense.weight" not in checkpoint.shapes("weight")
+    return replace(head, has_pooler=False) if is_bare else head
+
+
+def missing_heads(shape: ModelShape, head: Head) -> str:
+    """Why weights of the class ``head`` do not start a pretraining run: what is not in them."""
+    missing = [name for name in tensor_shapes(shape) if name not in tensor_shapes(shape, head)]
+    return (
+        f"the weights are of a {head.architecture}, but pretraining needs those of a {PRETRAINING.architecture}; "
+        f"missing are {', '.join(missing)}. Give the weights from which that model was made"
+    )
 
 
 def shape_of(checkpoint: Checkpoint) -> ModelShape:

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_bert_tp.checkpoint.directories import find_checkpoint
 from megatron_bert_tp.checkpoint.durable import JSON, readable, sha256_of
 from megatron_bert_tp.checkpoint.manifest import MANIFEST, Manifest
+from megatron_bert_tp.checkpoint.open_files import OpenFiles
 from megatron_bert_tp.checkpoint.slices import DTYPES, Slice, by_name, end_of, intersection
 from megatron_bert_tp.errors import CheckpointError
 
@@ -30,7 +31,7 @@ class Checkpoint:
 
     directory: Path
     manifest: Manifest
-    _handles: dict[str, safe_open] = field(default_factory=dict, repr=False, compare=False)
+    _files: OpenFiles[safe_open] = field(default_factory=lambda: OpenFiles(_open), repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
@@ -108,9 +109,7 @@ class Checkpoint:
         """What lies from ``begin`` to ``end`` of the whole tensor, all of it in ``row``."""
         path = self.directory / row.file
         try:
-            if row.file not in self._handles:
-                self._handles[row.file] = safe_open(path, framework="pt")
-            stored = self._handles[row.file].get_slice(row.name)
+            stored = self._files.get(path).get_slice(row.name)
             shape = tuple(stored.get_shape())
             piece: Tensor = stored[_window(begin, end, row.offsets)] if shape else stored[...]
         except (OSError, SafetensorError) as error:
@@ -120,6 +119,7 @@ class Checkpoint:
                 f"{path}: {row.name} is {shape} {piece.dtype}, but {MANIFEST} says {row.extent} {row.dtype}; "
                 "the file belongs to another checkpoint"
             )
+        self._files.count(piece.nbytes)
         return piece
 
     def _check_sizes(self) -> None:
@@ -133,6 +133,10 @@ class Checkpoint:
                     f"{path}: has {size} bytes, but {MANIFEST} says {record.size} ({readable(record.size)}); the "
                     "file is damaged or cut off, use another checkpoint"
                 )
+
+
+def _open(path: Path) -> safe_open:
+    return safe_open(path, framework="pt")
 
 
 def _window(begin: tuple[int, ...], end: tuple[int, ...], origin: tuple[int, ...]) -> tuple[slice, ...]:

@@ -14,10 +14,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
 from megatron_bert_tp.checkpoint.directories import (
     clear_leftovers,
     partial_directory,
@@ -34,6 +30,7 @@ from megatron_bert_tp.checkpoint.durable import (
 )
 from megatron_bert_tp.checkpoint.manifest import MANIFEST, FileRecord, Manifest, Note, record_of
 from megatron_bert_tp.checkpoint.slices import DTYPES, Rectangle, Slice, check_coverage
+from megatron_bert_tp.checkpoint.tensor_file import Content, write_tensor_file
 from megatron_bert_tp.errors import CheckpointError, MegatronBertError
 
 
@@ -91,16 +88,30 @@ def prepare_directory(root: Path, step: int) -> Path:
 
 def write_rectangles(partial: Path, rank: int, rectangles: Sequence[Rectangle]) -> None:
     """Second phase, on every rank: one tensor file, where there is anything to write, and the note on it."""
-    rows = [_row(rectangle, f"rank_{rank:05d}.safetensors") for rectangle in rectangles]
-    tensors = {row.name: given.tensor.cpu().contiguous() for row, given in zip(rows, rectangles, strict=True)}
-    if len(tensors) < len(rows):
+    rows = [_row(rectangle, _file_name(rank)) for rectangle in rectangles]
+    contents = [_content(row.name, rectangle) for row, rectangle in zip(rows, rectangles, strict=True)]
+    if len({row.name for row in rows}) < len(rows):
         raise CheckpointError(f"rank {rank} hands in two rectangles of one tensor; a file holds one of each")
-    files = {}
-    if rows:
-        path = partial / rows[0].file
-        _write_tensors(path, tensors)
-        files[path.name] = record_of(path)
-    _write_note(partial / note_name(rank), Note(files, tuple(rows)).dump())
+    _write_rank(partial, rank, rows, contents)
+
+
+def save_whole(
+    root: Path,
+    step: int,
+    contents: Sequence[Content],
+    *,
+    facts: Mapping[str, JSON],
+    attachments: Mapping[str, Path],
+    advance: Callable[[int], None] | None = None,
+) -> Path:
+    """Save whole tensors from one process as ``root/step_N``, one block in memory at a time; gives that path.
+
+    ``advance`` hears the bytes of each block.  Otherwise as `save_checkpoint`.
+    """
+    partial = prepare_directory(root, step)
+    rows = [_whole_row(content, _file_name(0)) for content in contents]
+    _write_rank(partial, 0, rows, contents, advance)
+    return commit_checkpoint(root, step, 1, facts=facts, attachments=attachments, keep_last=1)
 
 
 def commit_checkpoint(
@@ -164,15 +175,44 @@ def _row(rectangle: Rectangle, file: str) -> Slice:
     return Slice(rectangle.name, rectangle.shape, rectangle.offsets, extent, dtype, file)
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def _whole_row(content: Content, file: str) -> Slice:
+    dtype = str(content.dtype).removeprefix("torch.")
+    return Slice(content.name, content.shape, (0,) * len(content.shape), content.shape, dtype, file)
+
+
+def _content(name: str, rectangle: Rectangle) -> Content:
+    tensor = rectangle.tensor
+    return Content(name, tuple(tensor.shape), tensor.dtype, lambda: (tensor,))
+
+
+def _file_name(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def _write_rank(
+    partial: Path,
+    rank: int,
+    rows: Sequence[Slice],
+    contents: Sequence[Content],
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """The file of a rank, where there is anything to write, and the note on it."""
+    files = {}
+    if rows:
+        path = partial / rows[0].file
+        _write_tensors(path, contents, advance)
+        files[path.name] = record_of(path)
+    _write_note(partial / note_name(rank), Note(files, tuple(rows)).dump())
+
+
+def _write_tensors(path: Path, contents: Sequence[Content], advance: Callable[[int], None] | None) -> None:
     """Write and sync a tensor file; CheckpointError with need and free space when it does not fit."""
-    need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    need = sum(content.size for content in contents)
     try:
         if need > shutil.disk_usage(path.parent).free:
             raise OSError("the disk is too full")
-        save_file(tensors, path)
-        sync(path)
-    except (OSError, SafetensorError) as error:
+        write_tensor_file(path, contents, advance=advance)
+    except OSError as error:
         raise CheckpointError(no_room(path, need, error)) from error
 
 

@@ -1,66 +1,108 @@
 """Conversion between checkpoints and Hugging Face directories; each returns what to tell the user."""
 
+import shutil
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from megatron_bert_tp.checkpoint.durable import readable
-from megatron_bert_tp.checkpoint.model import MODEL, check_tensors, shape_of
+import torch
+
+from megatron_bert_tp.checkpoint.durable import JSON, readable
+from megatron_bert_tp.checkpoint.model import ARCHITECTURE, MODEL
 from megatron_bert_tp.checkpoint.read import Checkpoint
-from megatron_bert_tp.checkpoint.save import save_checkpoint
-from megatron_bert_tp.checkpoint.slices import Rectangle
+from megatron_bert_tp.checkpoint.save import save_whole
+from megatron_bert_tp.checkpoint.tensor_file import Content, read_in_blocks
+from megatron_bert_tp.formats.card import card_of
 from megatron_bert_tp.formats.huggingface import HuggingFaceDirectory
-from megatron_bert_tp.formats.huggingface_writer import check_free, write_directory
-from megatron_bert_tp.formats.tokenizer_files import TOKENIZER_FILES
+from megatron_bert_tp.formats.huggingface_writer import Counter, check_free, write_directory
+from megatron_bert_tp.formats.number_formats import converting
+from megatron_bert_tp.formats.weights import HUGGINGFACE, LOWERCASE, ModelSource
 from megatron_bert_tp.model.shape import tensor_shapes
 
-LOWERCASE = "lowercase"
-"""Fact of a checkpoint: whether its ``vocab.txt`` is uncased."""
+__all__ = ["LOWERCASE", "from_huggingface", "to_huggingface"]
+
+Progress = Callable[[int, int], None]
+"""Hears the bytes that are written, and how many there will be."""
 
 
-def to_huggingface(checkpoint: Path, out: Path) -> str:
-    """Export the weights, the tokenizer and the settings of a checkpoint, or of the newest one of a run.
+def to_huggingface(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """Export weights, tokenizer, settings and a model card of a checkpoint, or of the newest one of a run.
 
     CheckpointError when it is damaged (every SHA-256 is compared); FormatError when ``out`` cannot be written.
     """
     check_free(out)
-    source = Checkpoint.open(checkpoint)
-    shape = shape_of(source)
-    check_tensors(source, shape)
-    source.verify()
-    tokenizer = {name: path for name, path in source.attachments.items() if name in TOKENIZER_FILES}
-    lowercase = source.facts.get(LOWERCASE)
+    opened = Checkpoint.open(checkpoint)
+    source = ModelSource.of_checkpoint(opened)
+    opened.verify()
     size = write_directory(
-        out, shape, source.weight, tokenizer, lowercase=lowercase if isinstance(lowercase, bool) else None
+        out,
+        source.shape,
+        source.read,
+        source.tokenizer_files,
+        head=source.head,
+        lowercase=source.lowercase,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        settings=source.settings,
+        card=card_of(opened, source, dtype=dtype),
+        progress=progress,
     )
-    missing = "" if tokenizer else ", without a tokenizer"
-    return f"{out}: Hugging Face directory of step {source.step}, {readable(size)}{missing}"
+    missing = "" if source.tokenizer_files else ", without a tokenizer"
+    return f"{out}: Hugging Face directory of step {opened.step}, {readable(size)}{missing}"
 
 
-def from_huggingface(directory: Path, out: Path) -> str:
+def from_huggingface(
+    directory: Path, out: Path, *, dtype: torch.dtype | None = None, progress: Progress | None = None
+) -> str:
     """Import a Hugging Face directory as a checkpoint of step 0, without optimizer state, in the folder ``out``.
 
     FormatError when it cannot be read or ``out`` is not free; CheckpointError when ``out`` cannot be written.
     """
     check_free(out)
     source = HuggingFaceDirectory.open(directory)
-    rectangles = []
-    for name, shape in tensor_shapes(source.shape).items():
-        offsets = (0,) * len(shape)
-        rectangles.append(Rectangle(f"weight/{name}", shape, offsets, source.read(name, offsets, shape)))
-    save_checkpoint(
-        out,
-        0,
-        rectangles,
-        facts={MODEL: asdict(source.shape)},
-        attachments=source.tokenizer_files,
-        rank=0,
-        world_size=1,
-        agree=_alone,
-        keep_last=1,
-    )
+    contents = _contents(source, dtype)
+    existed = out.exists()
+    facts: dict[str, JSON] = {
+        MODEL: asdict(source.shape),
+        ARCHITECTURE: source.head.architecture,
+        HUGGINGFACE: source.settings,
+    }
+    try:
+        save_whole(
+            out,
+            0,
+            contents,
+            facts=facts,
+            attachments=source.tokenizer_files,
+            advance=Counter(sum(content.size for content in contents), progress).advance,
+        )
+    except BaseException:
+        _remove_what_was_begun(out, existed=existed)
+        raise
     return f"{out}: checkpoint of step 0 without optimizer state, {readable(Checkpoint.open(out).size)}"
 
 
-def _alone(failure: str | None) -> str | None:
-    """Agreement of one process with itself."""
-    return failure
+def _contents(source: HuggingFaceDirectory, dtype: torch.dtype | None) -> list[Content]:
+    read = converting(source.read, dtype)
+    return [
+        Content(f"weight/{name}", shape, dtype or source.dtype(name), partial(read_in_blocks, read, name, shape))
+        for name, shape in tensor_shapes(source.shape, source.head).items()
+    ]
+
+
+def _remove_what_was_begun(out: Path, *, existed: bool) -> None:
+    """Leave the place as it was, so that the next try finds it free."""
+    if not out.is_dir():
+        return
+    for path in out.glob("step_*.partial"):
+        shutil.rmtree(path)
+    if not existed and not any(out.iterdir()):
+        out.rmdir()

@@ -1,16 +1,16 @@
-"""`config.json` of a Hugging Face directory: to a `ModelShape` and back."""
+"""`config.json` of a Hugging Face directory: to a `ModelShape`, a class and what is left, and back."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from megatron_bert_tp.checkpoint.durable import JSON, read_object
 from megatron_bert_tp.checkpoint.model import parse_shape
 from megatron_bert_tp.errors import FormatError
-from megatron_bert_tp.model.shape import ModelShape
+from megatron_bert_tp.model.shape import HEADS, Head, ModelShape
 
 CONFIG = "config.json"
-ARCHITECTURE = "MegatronBertForPreTraining"
+LABELS = ("id2label", "label2id")
 _LARGEST = 2**20  # bytes
 _DEFAULTS: Mapping[str, JSON] = {
     # What `transformers.MegatronBertConfig` takes where a file leaves a number out.
@@ -28,42 +28,107 @@ _DEFAULTS: Mapping[str, JSON] = {
     "attention_probs_dropout_prob": 0.1,
     "initializer_range": 0.02,
 }
-_OMITTED = ("num_labels", "position_embedding_type")  # the first is id2label's length, the second is the default
-_ONLY: Mapping[str, JSON] = {
-    # Settings that change what the model computes, and the one value that is supported.
-    "hidden_act": "gelu",
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-}
+_SAME_ACTIVATION = {"swish": "silu"}
+_NUM_LABELS = 2  # where a file says nothing
+_WRITTEN = {"architectures", "model_type", "dtype", "torch_dtype", "transformers_version"}
+_OF_THE_MODEL = {each.name for each in fields(ModelShape)} | _WRITTEN
 
 
-def read_config(path: Path) -> ModelShape:
-    """Model that a `config.json` describes; FormatError when it is no MegatronBert or needs what is not here."""
+@dataclass(frozen=True)
+class HuggingFaceConfig:
+    """What a `config.json` says; ``settings`` are the keys that neither the shape nor the class holds."""
+
+    shape: ModelShape
+    head: Head | None
+    """The class that it names, if it names one."""
+    settings: Mapping[str, JSON] = field(default_factory=dict)
+
+
+def read_config(path: Path) -> HuggingFaceConfig:
+    """Model that a `config.json` describes; FormatError when it is no MegatronBert, or one that cannot be."""
     values = read_object(path, largest=_LARGEST, error=FormatError)
     if values.get("model_type") != "megatron-bert":
         raise FormatError(
             f"{path}: model_type is {values.get('model_type')!r}; only 'megatron-bert' can be read "
             "(BERT itself has its LayerNorms elsewhere, so its weights do not fit)"
         )
-    problems = [
-        f"  {name} is {values[name]!r}; only {value!r} is supported"
-        for name, value in _ONLY.items()
-        if values.get(name, value) != value
-    ]
-    if problems:
-        raise FormatError("\n".join([f"{path}: this kind of MegatronBert cannot be read:", *problems]))
-    return parse_shape({**_DEFAULTS, **values}, source=str(path), error=FormatError)
+    if values.get("pad_token_id", 0) is None:
+        raise FormatError(
+            f"{path}: pad_token_id is null, but it must be a number, since the row of [PAD] gets no gradient; "
+            "write the row of [PAD] there (0 in the vocabularies of BERT)"
+        )
+    values["hidden_act"] = _activation(values)
+    shape = parse_shape(
+        {**_DEFAULTS, **values, "num_labels": _num_labels(values)}, source=str(path), error=FormatError
+    )
+    settings = {name: value for name, value in values.items() if name not in _OF_THE_MODEL}
+    return HuggingFaceConfig(shape, _head(path, values), settings)
 
 
-def config_of(shape: ModelShape, dtype: str) -> dict[str, JSON]:
-    """Content of a `config.json`, as `save_pretrained` writes it; ``dtype`` such as ``float32``."""
+def config_of(
+    shape: ModelShape, head: Head, dtype: str, settings: Mapping[str, JSON] | None = None
+) -> dict[str, JSON]:
+    """Content of a `config.json`, as `save_pretrained` writes it; ``dtype`` such as ``float32``.
+
+    ``settings`` are further keys; those that say the shape or the class anew do not count.
+    FormatError when they name the labels of another number of classes.
+    """
+    kept = {name: value for name, value in (settings or {}).items() if name not in _OF_THE_MODEL}
+    _check_labels(kept, shape)
+    numbers = {name: value for name, value in asdict(shape).items() if name != "num_labels"}
+    if not shape.is_relative:
+        del numbers["position_embedding_type"]
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "megatron-bert",
-        "dtype": dtype,
         "use_cache": True,
         "bos_token_id": None,
         "eos_token_id": None,
-        **{name: value for name, value in asdict(shape).items() if name not in _OMITTED},
+        **_labels(shape.num_labels),
+        **kept,
+        "architectures": [head.architecture],
+        "model_type": "megatron-bert",
+        "dtype": dtype,
+        **numbers,
     }
+
+
+def _activation(values: Mapping[str, JSON]) -> JSON:
+    name = values.get("hidden_act", "gelu")
+    return _SAME_ACTIVATION.get(name, name) if isinstance(name, str) else name
+
+
+def _num_labels(values: Mapping[str, JSON]) -> JSON:
+    labels = values.get("id2label")
+    return len(labels) if isinstance(labels, Mapping) and labels else values.get("num_labels", _NUM_LABELS)
+
+
+def _head(path: Path, values: Mapping[str, JSON]) -> Head | None:
+    named = values.get("architectures")
+    if not named:
+        return None
+    name = named[0] if isinstance(named, list) else named
+    if not isinstance(name, str) or name not in HEADS:
+        raise FormatError(
+            f"{path}: architectures names the class {name!r}; write one of {', '.join(HEADS)} there, or remove "
+            "the entry to have the class judged from the tensors"
+        )
+    return HEADS[name]
+
+
+def _labels(num_labels: int) -> dict[str, JSON]:
+    """Names of the classes, as `transformers` makes them up; two need none."""
+    if num_labels == _NUM_LABELS:
+        return {}
+    names = [f"LABEL_{number}" for number in range(num_labels)]
+    return {
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+
+
+def _check_labels(settings: Mapping[str, JSON], shape: ModelShape) -> None:
+    labels = settings.get("id2label")
+    if isinstance(labels, Mapping) and labels and len(labels) != shape.num_labels:
+        raise FormatError(
+            f"id2label names {len(labels)} classes, but the model has num_labels {shape.num_labels}; give as many "
+            "names as classes, or none"
+        )

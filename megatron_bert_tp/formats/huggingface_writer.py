@@ -1,22 +1,28 @@
-"""Writing a Hugging Face directory of a `MegatronBertForPreTraining`, as `save_pretrained` would."""
+"""Writing a Hugging Face directory of any of the nine classes, as `save_pretrained` would, tensor by tensor."""
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
-from megatron_bert_tp.checkpoint.durable import no_room, sync
+from megatron_bert_tp.checkpoint.durable import JSON, no_room, sync
 from megatron_bert_tp.checkpoint.read import Reader
+from megatron_bert_tp.checkpoint.tensor_file import Content, read_in_blocks, write_tensor_file
 from megatron_bert_tp.errors import FormatError
-from megatron_bert_tp.formats.huggingface import BIAS, DECODER_BIAS, WEIGHTS
+from megatron_bert_tp.formats.classes import name_in_file
+from megatron_bert_tp.formats.huggingface import BIAS, DECODER_BIAS
 from megatron_bert_tp.formats.huggingface_config import CONFIG, config_of
+from megatron_bert_tp.formats.number_formats import converting, dtype_of
+from megatron_bert_tp.formats.stored_tensors import INDEX, WEIGHTS
 from megatron_bert_tp.formats.tokenizer_files import write_tokenizer
-from megatron_bert_tp.model.shape import ModelShape, tensor_shapes
+from megatron_bert_tp.model.shape import PRETRAINING, Head, ModelShape, tensor_shapes
+
+CARD = "README.md"
+_METADATA = {"format": "pt"}
 
 
 def write_directory(
@@ -25,29 +31,41 @@ def write_directory(
     read: Reader,
     tokenizer_files: Mapping[str, Path],
     *,
+    head: Head = PRETRAINING,
     lowercase: bool | None = None,
     dtype: torch.dtype | None = None,
+    max_shard_bytes: int | None = None,
+    settings: Mapping[str, JSON] | None = None,
+    card: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Write the directory ``out`` and return its bytes; it appears under its name when it is whole.
 
-    Weights keep their number format unless ``dtype`` is given; the whole model is held in memory.
+    Weights keep their number format unless ``dtype`` is given; then one number of each is read beforehand to
+    know it.  Otherwise ``read`` is called once for each tensor, or for each block of rows of a large one.
     ``tokenizer_files`` and ``lowercase`` as for `write_tokenizer`; without files the directory has no tokenizer.
+    ``max_shard_bytes`` cuts the weights into files of at most that size, ``settings`` are further keys for
+    config.json, ``card`` is the text of README.md, ``progress`` hears the bytes written and their total.
     FormatError when ``out`` holds anything already, or cannot be written.
     """
     check_free(out)
-    tensors = _tensors(shape, read, dtype)
-    partial = out.absolute().with_name(f"{out.absolute().name}.partial")
+    contents = _contents(shape, head, read, dtype)
+    need = sum(content.size for content in contents)
+    config = config_of(shape, head, str(contents[0].dtype).removeprefix("torch."), settings)
+    temporary = out.absolute().with_name(f"{out.absolute().name}.partial")
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        _write_weights(partial, shape, tensors)
+        _make_empty(temporary, need)
+        (temporary / CONFIG).write_text(_text(config), encoding="utf-8")
+        if card is not None:
+            (temporary / CARD).write_text(card, encoding="utf-8")
         if tokenizer_files:
-            write_tokenizer(partial, tokenizer_files, lowercase=lowercase, longest=shape.max_position_embeddings)
-        return _finish(partial, out)
-    except (OSError, SafetensorError) as error:
-        need = sum(tensor.nbytes for tensor in tensors.values())
+            write_tokenizer(temporary, tokenizer_files, lowercase=lowercase, longest=shape.max_position_embeddings)
+        _write_weights(temporary, _shards(contents, max_shard_bytes), Counter(need, progress).advance)
+        return _finish(temporary, out)
+    except OSError as error:
         raise FormatError(no_room(out, need, error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # it is there no more if all went well
 
 
 def check_free(out: Path) -> None:
@@ -56,31 +74,84 @@ def check_free(out: Path) -> None:
         raise FormatError(f"{out}: exists already and is not empty; remove it, or give another name")
 
 
-def _tensors(shape: ModelShape, read: Reader, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Whole tensors as files hold them: tied copies left out, the bias of an untied decoder written twice."""
-    tensors = {
-        name: read(name, (0,) * len(size), size).to(dtype).contiguous()
-        for name, size in tensor_shapes(shape).items()
+class Counter:
+    """Adds up bytes and tells ``progress`` how many of ``total`` are done."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def advance(self, num_bytes: int) -> None:
+        """Count ``num_bytes`` more."""
+        self._done += num_bytes
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _contents(shape: ModelShape, head: Head, read: Reader, dtype: torch.dtype | None) -> list[Content]:
+    """Tensors as files hold them: tied copies left out, the bias of an untied decoder written twice."""
+    sizes = tensor_shapes(shape, head)
+    names = {name_in_file(name, head): name for name in sizes}
+    if BIAS in sizes and not shape.tie_word_embeddings:
+        names[DECODER_BIAS] = BIAS
+    source = converting(read, dtype)
+    return [
+        Content(
+            written,
+            sizes[name],
+            dtype or dtype_of(read, name, sizes[name]),
+            partial(read_in_blocks, source, name, sizes[name]),
+        )
+        for written, name in names.items()
+    ]
+
+
+def _shards(contents: Sequence[Content], largest: int | None) -> list[list[Content]]:
+    """Contents in order, a new shard before the one that would make it larger than ``largest`` bytes."""
+    shards: list[list[Content]] = [[]]
+    filled = 0
+    for content in contents:
+        if largest is not None and shards[-1] and filled + content.size > largest:
+            shards.append([])
+            filled = 0
+        shards[-1].append(content)
+        filled += content.size
+    return shards
+
+
+def _make_empty(directory: Path, need: int) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+    if need > shutil.disk_usage(directory).free:
+        raise OSError("the disk is too full")
+
+
+def _write_weights(directory: Path, shards: Sequence[Sequence[Content]], advance: Callable[[int], None]) -> None:
+    if len(shards) == 1:
+        write_tensor_file(directory / WEIGHTS, shards[0], metadata=_METADATA, advance=advance)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensor_file(directory / name, shard, metadata=_METADATA, advance=advance)
+        weight_map.update({content.name: name for content in shard})
+    contents = [content for shard in shards for content in shard]
+    totals: dict[str, JSON] = {
+        "total_parameters": sum(prod(content.shape) for content in contents),
+        "total_size": sum(content.size for content in contents),
     }
-    if not shape.tie_word_embeddings:
-        tensors[DECODER_BIAS] = tensors[BIAS].clone()
-    return tensors
+    (directory / INDEX).write_text(_text({"metadata": totals, "weight_map": weight_map}), encoding="utf-8")
 
 
-def _write_weights(directory: Path, shape: ModelShape, tensors: dict[str, Tensor]) -> None:
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    text = json.dumps(config_of(shape, dtype), indent=2, sort_keys=True) + "\n"
-    (directory / CONFIG).write_text(text, encoding="utf-8")
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-    # safetensors makes files that only their owner reads; an export is for whoever reads its config.json.
-    shutil.copymode(directory / CONFIG, directory / WEIGHTS)
+def _text(value: Mapping[str, JSON]) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
-def _finish(partial: Path, out: Path) -> int:
+def _finish(temporary: Path, out: Path) -> int:
     """Sync, rename, and return the number of bytes."""
-    for path in (*partial.iterdir(), partial):
+    for path in (*temporary.iterdir(), temporary):
         sync(path)
-    size = sum(path.stat().st_size for path in partial.iterdir())
-    partial.rename(out)
+    size = sum(path.stat().st_size for path in temporary.iterdir())
+    temporary.rename(out)
     sync(out.absolute().parent)
     return size

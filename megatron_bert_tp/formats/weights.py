@@ -1,19 +1,78 @@
-"""Where weights may come from: `model.weights=PATH`."""
+"""Where weights may come from: a Hugging Face directory or a checkpoint, for `model.weights` and conversion."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_bert_tp.checkpoint.model import check_model, differences
+from megatron_bert_tp.checkpoint.durable import JSON
+from megatron_bert_tp.checkpoint.model import (
+    check_model,
+    check_tensors,
+    differences,
+    head_of,
+    missing_heads,
+    shape_of,
+)
 from megatron_bert_tp.checkpoint.read import Checkpoint, Reader
 from megatron_bert_tp.errors import FormatError
 from megatron_bert_tp.formats.huggingface import HuggingFaceDirectory
 from megatron_bert_tp.formats.huggingface_config import CONFIG
-from megatron_bert_tp.model.shape import ModelShape
+from megatron_bert_tp.formats.tokenizer_files import TOKENIZER_FILES
+from megatron_bert_tp.model.shape import PRETRAINING, Head, ModelShape
+
+LOWERCASE = "lowercase"
+"""Fact of a checkpoint: whether its ``vocab.txt`` is uncased."""
+HUGGINGFACE = "huggingface"
+"""Fact of a checkpoint: the keys of an imported config.json that its shape and class do not hold."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that is read from somewhere, slice by slice, and what goes along with it."""
+
+    shape: ModelShape
+    head: Head
+    read: Reader
+    tokenizer_files: Mapping[str, Path]
+    lowercase: bool | None = None
+    settings: Mapping[str, JSON] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path) -> "ModelSource":
+        """Model in a Hugging Face directory, or in a checkpoint whose every SHA-256 is compared.
+
+        FormatError or CheckpointError when the path holds neither.
+        """
+        if (path / CONFIG).is_file():
+            found = HuggingFaceDirectory.open(path)
+            return cls(found.shape, found.head, found.read, found.tokenizer_files, settings=found.settings)
+        checkpoint = Checkpoint.open(path)
+        source = cls.of_checkpoint(checkpoint)
+        checkpoint.verify()
+        return source
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint) -> "ModelSource":
+        """Model in a checkpoint; CheckpointError when its tensors are not those that its facts say."""
+        shape, head = shape_of(checkpoint), head_of(checkpoint)
+        check_tensors(checkpoint, shape, head)
+        files = {name: path for name, path in checkpoint.attachments.items() if name in TOKENIZER_FILES}
+        lowercase, settings = checkpoint.facts.get(LOWERCASE), checkpoint.facts.get(HUGGINGFACE)
+        return cls(
+            shape,
+            head,
+            checkpoint.weight,
+            files,
+            lowercase=lowercase if isinstance(lowercase, bool) else None,
+            settings=settings if isinstance(settings, Mapping) else {},
+        )
 
 
 def open_weights(path: Path, shape: ModelShape, *, verify: bool) -> Reader:
-    """Reader of the weights in a Hugging Face directory, or in one of our checkpoints.
+    """Reader of the weights for a pretraining run in a Hugging Face directory, or in one of our checkpoints.
 
-    FormatError or CheckpointError when the path holds neither, or the weights of another model than ``shape``.
+    FormatError or CheckpointError when the path holds neither, or the weights of another model than ``shape``,
+    or of another class than `MegatronBertForPreTraining`.
     With ``verify`` every file of a checkpoint is compared with its SHA-256, for which one rank is enough.
     """
     if not (path / CONFIG).is_file():
@@ -23,6 +82,8 @@ def open_weights(path: Path, shape: ModelShape, *, verify: bool) -> Reader:
             checkpoint.verify()
         return checkpoint.weight
     directory = HuggingFaceDirectory.open(path)
+    if directory.head != PRETRAINING:
+        raise FormatError(f"{path}: {missing_heads(shape, directory.head)}")
     differing = differences(directory.shape, shape)
     if differing:
         raise FormatError(

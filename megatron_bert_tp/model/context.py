@@ -53,6 +53,12 @@ class Context:
         """Whether attention needs nothing but a mask and dropout, and nobody asks for what is inside."""
         return not (self.keeps_probabilities or self.keeps_cache) and self.head_mask is None and self.past is None
 
+    def sees_encoder(self, number: int) -> bool:
+        """Whether layer ``number`` has states of an encoder to look at, given or cached."""
+        return self.encoder_states is not None or (
+            self.past is not None and self.past[number].cross is not None
+        )
+
     def layer_head_mask(self, number: int) -> Tensor | None:
         """Head mask of one layer."""
         return None if self.head_mask is None else self.head_mask[number]

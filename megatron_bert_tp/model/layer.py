@@ -52,6 +52,7 @@ class Layer(nn.Module):
 
     def __init__(self, shape: ModelShape, number: int, *, axis: Axis, dtype: torch.dtype) -> None:
         super().__init__()
+        self.number = number
         self.attention = AttentionBlock(shape, number, is_cross=False, axis=axis, dtype=dtype)
         if shape.add_cross_attention:
             self.crossattention = AttentionBlock(shape, number, is_cross=True, axis=axis, dtype=dtype)
@@ -68,7 +69,7 @@ class Layer(nn.Module):
         return output, _kept(own, cross, context)
 
     def _look_at_encoder(self, x: Tensor, context: Context) -> Attended | None:
-        if context.encoder_states is None:
+        if not context.sees_encoder(self.number):
             return None
         if not hasattr(self, "crossattention"):
             raise ConfigError(

@@ -59,8 +59,9 @@ def _of_each_query(mask: Tensor, *, queries: int, keys: int, dtype: torch.dtype)
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
-    """``[queries, keys]`` bool: a query sees the keys up to its own; the queries are the last of the keys."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
+    """``[1, 1, queries, keys]`` bool: a query sees the keys up to its own; queries are the last of the keys."""
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
+    return seen[None, None]
 
 
 def _check_shape(mask: Tensor, expected: tuple[int, ...], name: str) -> None:

@@ -27,6 +27,7 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.axis = axis
         self.full_shapes = {"weight": (num_rows, features)}
+        self.padding_idx = padding_idx
         self.share = padded_share(num_rows, axis)
         self.weight = nn.Parameter(torch.zeros(self.share, features, dtype=dtype))
         self.first_row = axis.rank * self.share

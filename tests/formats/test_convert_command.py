@@ -1,15 +1,19 @@
 """`python -m megatron_bert_tp.convert` as a user meets it."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 from megatron_bert_tp.config.command_line import run_command
 from megatron_bert_tp.convert import main
+from megatron_bert_tp.formats.arguments import num_bytes
 from tests.checkpoint.layouts import ODD, save
-from tests.formats.conftest import assert_same_bytes
+from tests.formats.conftest import assert_same_bytes, build
 
 
 def convert(*arguments: str | Path) -> int:
@@ -45,8 +49,57 @@ def test_what_cannot_be_read_is_one_message_and_exit_code_2(tmp_path, capsys, di
     assert not (tmp_path / "out").exists()
 
 
-def test_help_names_both_ways():
+@pytest.mark.parametrize("architecture", ["MegatronBertForCausalLM", "MegatronBertForTokenClassification"])
+def test_options_choose_number_format_and_size_of_files(saved, tmp_path, architecture):
+    original = saved(architecture=architecture)
+    assert convert("from-hf", original, tmp_path / "checkpoint", "--dtype", "float64") == 0
+    options = ("--dtype", "bfloat16", "--max-shard-size", "10KB")
+    assert convert("to-hf", tmp_path / "checkpoint", tmp_path / "out", *options) == 0
+    shards = [path.stat().st_size for path in (tmp_path / "out").glob("model-*.safetensors")]
+    assert len(shards) > 3
+    kind = getattr(transformers, architecture)
+    model, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    expected = build(architecture).bfloat16().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2GiB", 2**31), ("700", 700), ("3kb", 3000)]
+)
+def test_sizes_are_decimal_or_binary(text, size):
+    assert num_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "5XB", "0MB", "0.1B", "1e9"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is no size; give one such as 5GB"):
+        num_bytes(text)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["to-ngc", "a", "b", "--tensor", "0", "--pipeline", "1"],
+        ["to-ngc", "a", "b", "--tensor", "2"],
+        ["from-hf", "a", "b", "--dtype", "int8"],
+        ["to-hf", "a", "b", "--max-shard-size", "much"],
+        ["from-ngc", "a", "b", "--hidden-act", "tanh"],
+        ["turn", "a", "b"],
+        [],
+    ],
+)
+def test_wrong_arguments_are_refused_with_the_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as raised:
+        convert(*arguments)
+    assert raised.value.code == 2
+    assert "usage: python -m megatron_bert_tp.convert" in capsys.readouterr().err
+
+
+def test_help_names_all_ways():
     command = [sys.executable, "-m", "megatron_bert_tp.convert", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "to-hf CHECKPOINT OUT" in result.stdout
     assert "from-hf DIRECTORY OUT" in result.stdout
+    assert "to-ngc SOURCE OUT --tensor T --pipeline P" in result.stdout
+    assert "inspect PATH" in result.stdout

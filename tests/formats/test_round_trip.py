@@ -171,7 +171,8 @@ def test_an_empty_directory_may_be_written_to_and_leftovers_of_a_kill_do_not_mat
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "rest").write_text("of a killed export")
     to_huggingface(tmp_path / "checkpoint", tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    names = ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert not (tmp_path / "out.partial").exists()
 
 

@@ -1,0 +1,78 @@
+"""The word embeddings of a model and its projection on the vocabulary: exchanged, tied and resized."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from megatron_bert_tp.errors import ArgumentError
+from megatron_bert_tp.model.heads import MaskedLanguageModelHead
+from megatron_bert_tp.parallel.embedding import VocabParallelEmbedding
+from megatron_bert_tp.parallel.linear import VocabParallelProjection
+from megatron_bert_tp.parallel.mesh import Axis
+from megatron_bert_tp.parallel.sharding import padded_share
+
+
+def embedding_of(value: nn.Module, axis: Axis) -> nn.Module:
+    """A module that can stand for the word embeddings; ArgumentError for a whole one where they are split."""
+    if axis.size > 1 and not isinstance(value, VocabParallelEmbedding):
+        raise ArgumentError(
+            f"the word embeddings are split over {axis.size} tensor ranks, and {type(value).__name__} is whole; "
+            "give a VocabParallelEmbedding, or set them before the model is sharded"
+        )
+    return value
+
+
+def set_projection_(head: MaskedLanguageModelHead, value: nn.Module, axis: Axis) -> None:
+    """Let ``head`` project with the weight, and the bias if there is one, of a linear layer or a projection."""
+    if isinstance(value, VocabParallelProjection):
+        head.decoder = value
+        return
+    if axis.size > 1 or not isinstance(value, nn.Linear):
+        raise ArgumentError(
+            f"{type(value).__name__} cannot be the output embeddings; give a VocabParallelProjection, or at one "
+            "tensor rank a torch.nn.Linear"
+        )
+    rows, features = value.weight.shape
+    head.decoder = VocabParallelProjection(features, rows, axis=axis, dtype=value.weight.dtype)
+    head.decoder.weight = cast(nn.Parameter, value.weight)
+    head.full_shapes = {"bias": (rows,)}
+    bias: Tensor | None = value.bias
+    if bias is not None:
+        head.bias = cast(nn.Parameter, bias)
+    elif head.bias.shape[0] != rows:
+        head.bias = nn.Parameter(value.weight.new_zeros(rows))
+
+
+def resized_rows(whole: Tensor, num_rows: int, *, deviation: float | None, generator: torch.Generator) -> Tensor:
+    """``whole`` ``[rows, ...]`` with ``num_rows`` rows: cut off, or with new ones at the end.
+
+    New rows are the mean of the old ones, or with a ``deviation`` normal around 0 (biases stay 0).
+    """
+    if num_rows <= whole.shape[0]:
+        return whole[:num_rows].clone()
+    shape = (num_rows - whole.shape[0], *whole.shape[1:])
+    if deviation is None:
+        added = whole.mean(0, keepdim=True).expand(shape)
+    else:
+        scale = deviation if whole.dim() > 1 else 0.0
+        added = torch.randn(shape, generator=generator).to(whole.dtype) * scale
+    return torch.cat([whole, added])
+
+
+def make_rows_(
+    embedding_parent: nn.Module, head: MaskedLanguageModelHead | None, num_rows: int, *, axis: Axis
+) -> None:
+    """Put empty embeddings of ``num_rows`` words, and a projection where there is a head, in place of the old."""
+    old = embedding_parent.word_embeddings
+    assert isinstance(old, VocabParallelEmbedding)
+    weight = old.weight
+    fresh = VocabParallelEmbedding(
+        num_rows, weight.shape[1], axis=axis, dtype=weight.dtype, padding_idx=old.padding_idx
+    )
+    embedding_parent.word_embeddings = fresh.to(weight.device)
+    if head is not None:
+        head.full_shapes = {"bias": (num_rows,)}
+        head.bias = nn.Parameter(weight.new_zeros(padded_share(num_rows, axis)))
+        decoder = VocabParallelProjection(weight.shape[1], num_rows, axis=axis, dtype=weight.dtype)
+        head.decoder = decoder.to(weight.device)

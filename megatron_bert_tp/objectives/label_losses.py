@@ -1,0 +1,111 @@
+"""Losses of labels as a sum and a count, so that a mean can be taken over any set of microbatches.
+
+A label of -100 is ignored, and a batch without any label has loss 0.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_bert_tp.parallel.cross_entropy import IGNORED, vocab_parallel_cross_entropy
+from megatron_bert_tp.parallel.mesh import Axis
+
+
+class LabelLoss(Protocol):
+    """One way to compare logits with labels."""
+
+    def count(self, labels: Tensor) -> Tensor:
+        """How many labels count: a scalar, known before any logits are."""
+
+    def total(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the losses of all labels that count: a scalar."""
+
+
+class CrossEntropy:
+    """One class of several: logits ``[..., classes]``, labels ``[...]`` int64."""
+
+    def count(self, labels: Tensor) -> Tensor:
+        """Labels that are not -100."""
+        return (labels != IGNORED).sum()
+
+    def total(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Sum of negative log likelihoods."""
+        rows = logits.flatten(0, -2)
+        return F.cross_entropy(rows, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+class SquaredError:
+    """Regression: logits and labels of the same number of values."""
+
+    def count(self, labels: Tensor) -> Tensor:
+        """All values."""
+        return torch.tensor(labels.numel(), device=labels.device)
+
+    def total(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Sum of squared differences."""
+        return F.mse_loss(logits.flatten(), labels.flatten().to(logits.dtype), reduction="sum")
+
+
+class BinaryCrossEntropy:
+    """Several classes that each hold or not: logits and labels ``[batch, classes]``."""
+
+    def count(self, labels: Tensor) -> Tensor:
+        """All values."""
+        return torch.tensor(labels.numel(), device=labels.device)
+
+    def total(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Sum over batch and classes."""
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
+
+
+@dataclass(frozen=True)
+class VocabularyCrossEntropy:
+    """Words of a vocabulary that is split over ``axis``: this rank's logits ``[..., share]``."""
+
+    num_classes: int
+    axis: Axis
+
+    def count(self, labels: Tensor) -> Tensor:
+        """Labels that are not -100."""
+        return (labels != IGNORED).sum()
+
+    def total(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Sum of negative log likelihoods, equal on all ranks."""
+        rows = logits.flatten(0, -2)
+        losses, _ = vocab_parallel_cross_entropy(
+            rows, labels.flatten(), num_classes=self.num_classes, axis=self.axis
+        )
+        return losses.sum()
+
+
+def mean_loss(loss: LabelLoss, logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labels that count; 0, with gradients of 0, when there are none."""
+    return loss.total(logits, labels) / loss.count(labels).clamp(min=1)
+
+
+def answer_labels(positions: Tensor, length: int) -> Tensor:
+    """Labels ``[batch]`` from positions ``[batch]`` or ``[batch, 1]``: those beyond the sequence are ignored.
+
+    Negative positions count as 0, as they do in `transformers`.
+    """
+    positions = positions.squeeze(-1) if positions.dim() > 1 else positions
+    return positions.clamp(0, length).masked_fill(positions >= length, IGNORED)
+
+
+LABEL_LOSSES: dict[str, LabelLoss] = {
+    "regression": SquaredError(),
+    "single_label_classification": CrossEntropy(),
+    "multi_label_classification": BinaryCrossEntropy(),
+}
+"""By `problem_type`, Hugging Face's name of what a sequence classifier learns."""
+
+
+def problem_type_of(labels: Tensor, num_labels: int) -> str:
+    """What is learned, judged by the labels: one output is a regression, integers are classes, else many hold."""
+    if num_labels == 1:
+        return "regression"
+    is_class = labels.dtype in (torch.long, torch.int)
+    return "single_label_classification" if is_class else "multi_label_classification"
