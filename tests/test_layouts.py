@@ -14,6 +14,9 @@ from tests.trainers import CORPUS_SHAPE, train, train_on_made
 
 RECIPE = Recipe(shape=CORPUS_SHAPE, clip_norm=0.5, final_rate=0.0)
 UNTIED = replace(RECIPE, shape=replace(CORPUS_SHAPE, tie_word_embeddings=False))
+DISTANCES = replace(
+    RECIPE, shape=replace(CORPUS_SHAPE, position_embedding_type="relative_key", hidden_act="silu"), num_steps=2
+)
 SINGLE = replace(RECIPE, dtype=torch.float32)
 # Nine words on four tensor ranks, 8 rows each: the last two hold none.
 FEW_WORDS = replace(RECIPE, shape=replace(CORPUS_SHAPE, vocab_size=9))
@@ -107,6 +110,16 @@ def test_layout_follows_one_process(ranks, data, one_process_of, layout):
 @pytest.mark.parametrize("layout", [Layout(data=2, pipeline=2, tensor=2), Layout(tensor=4)], ids=name_of)
 def test_layout_follows_one_process_with_untied_embeddings(ranks, data, one_process_of, layout):
     assert_same_curve(steps_of(ranks, data, UNTIED, layout), one_process_of(UNTIED), UNTIED)
+
+
+@pytest.mark.parametrize("layout", [Layout(data=2, pipeline=2, tensor=2), Layout(tensor=4)], ids=name_of)
+def test_layout_follows_one_process_with_relative_positions(ranks, data, one_process_of, layout):
+    """Each tensor rank has the distances of its own heads to answer for; absolute positions are not trained."""
+    truth = one_process_of(DISTANCES)
+    assert_same_curve(steps_of(ranks, data, DISTANCES, layout), truth, DISTANCES)
+    trained = truth[0].gradients
+    assert all(f"bert.encoder.layer.{n}.attention.self.distance_embedding.weight" in trained for n in range(5))
+    assert "bert.embeddings.position_embeddings.weight" not in trained
 
 
 @pytest.mark.parametrize("layout", PIPELINES, ids=name_of)

@@ -21,7 +21,6 @@ from megatron_bert_tp.optim.adamw import MOMENTS, AdamWNumbers, build_adamw, mom
 from megatron_bert_tp.optim.learning_rate import LinearSchedule
 from megatron_bert_tp.parallel.gradients import Gradients
 from megatron_bert_tp.parallel.mesh import ParallelMesh
-from megatron_bert_tp.parallel.sharding import Part
 from megatron_bert_tp.pipeline.partition import StagePlan, partition, stage_costs
 from megatron_bert_tp.training.failures import telling, together
 from megatron_bert_tp.training.processes import (
@@ -94,7 +93,7 @@ def build_trainer(
     if checkpoint is not None:
         restart_(optimizer, checkpoint.step)
         for kind in MOMENTS:
-            load_rectangles_(_moved_parts(stage), kind, moment_of(optimizer, kind), checkpoint)
+            load_rectangles_(stage.trained_parts(), kind, moment_of(optimizer, kind), checkpoint)
     gradients = Gradients(
         stage.parts(),
         list(tensor_shapes(shape)),
@@ -113,12 +112,6 @@ def build_trainer(
         steps_done=checkpoint.step if checkpoint else 0,
         samples_done=samples_done(checkpoint) if checkpoint else 0,
     )
-
-
-def _moved_parts(stage: MegatronBertStage) -> list[Part]:
-    """Parts that the optimizer moves: a tied copy that shares its storage has no moments of its own."""
-    moved = {id(parameter) for parameter in stage.trained_parameters().values()}
-    return [part for part in stage.parts() if id(part.parameter) in moved]
 
 
 def model_shape(config: Config) -> ModelShape:

@@ -76,10 +76,9 @@ class RunDirectory:
         """Write a checkpoint; one replica writes, since all hold the same."""
         held = []
         if self._mesh.data.is_first:
-            parts = stage.parts()
-            held = rectangles(parts, "weight", lambda part: part.parameter)
+            held = rectangles(stage.parts(), "weight", lambda part: part.parameter)
             for kind in MOMENTS:
-                held += rectangles(parts, kind, moment_of(optimizer, kind))
+                held += rectangles(stage.trained_parts(), kind, moment_of(optimizer, kind))
         path = save_checkpoint(
             self.path / CHECKPOINTS,
             steps_done,

@@ -70,6 +70,18 @@ def test_a_run_of_four_ranks_goes_on_at_another_layout_of_four(ranks, data, tmp_
         assert {name: e for name, e in errors.items() if e > 1e-9 and not is_key_bias(name)} == {}
 
 
+def test_a_run_with_relative_positions_goes_on_though_absolute_ones_are_never_trained(ranks, data, tmp_path):
+    """Their embedding has no gradient, so no moments, and yet a checkpoint has every tensor of the model."""
+    recipe = replace(RECIPE, shape=replace(CORPUS_SHAPE, position_embedding_type="relative_key"))
+    layouts = Layout(pipeline=2), Layout(tensor=2)
+    truth, found = map(Checkpoint.open, run_through_and_resumed(ranks, data, tmp_path, recipe, *layouts))
+    pair = [tensors(checkpoint) for checkpoint in (found, truth)]
+    assert pair[0].keys() == pair[1].keys()
+    assert "weight/bert.embeddings.position_embeddings.weight" in pair[0]
+    errors = relative_errors(*pair)
+    assert {name: e for name, e in errors.items() if e > 1e-9 and not is_key_bias(name)} == {}
+
+
 def test_the_resume_point_lies_inside_an_epoch(data):
     # Guards the test above: 80 and 160 samples must not be whole epochs.
     from megatron_bert_tp.config.load import load_config
