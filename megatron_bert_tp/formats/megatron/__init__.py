@@ -1,0 +1,1 @@
+"""Megatron-LM checkpoints, NVIDIA's 345M downloads among them: read without trust, and written."""
