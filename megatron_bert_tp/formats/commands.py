@@ -53,16 +53,19 @@ def _to_ngc(given: Namespace) -> Iterator[str]:
     from megatron_bert_tp.formats.megatron.convert import to_megatron
 
     source = ModelSource.open(given.source)
-    yield to_megatron(
-        source.shape,
-        source.head,
-        source.read,
-        given.out,
-        tensor=given.tensor,
-        pipeline=given.pipeline,
-        lowercase=source.lowercase,
-        dtype=_dtype(given),
-    )
+    with _bar("export") as progress:
+        text = to_megatron(
+            source.shape,
+            source.head,
+            source.read,
+            given.out,
+            tensor=given.tensor,
+            pipeline=given.pipeline,
+            lowercase=source.lowercase,
+            dtype=_dtype(given),
+            progress=progress,
+        )
+    yield text
 
 
 def _inspect(given: Namespace) -> Iterator[str]:

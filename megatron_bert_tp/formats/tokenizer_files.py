@@ -8,12 +8,15 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from megatron_bert_tp.checkpoint.durable import read_object
 from megatron_bert_tp.data.tokenizer import CONTINUATION, SPECIAL_TOKENS, Tokenizer
 from megatron_bert_tp.errors import FormatError
 
 VOCABULARY, LIBRARY, SETTINGS = "vocab.txt", "tokenizer.json", "tokenizer_config.json"
 TOKENIZER_FILES = (VOCABULARY, LIBRARY, SETTINGS, "special_tokens_map.json", "added_tokens.json")
 """What is carried along from a Hugging Face directory into a checkpoint and out again."""
+
+_LARGEST = 16 * 2**20  # bytes of tokenizer_config.json
 
 
 def write_tokenizer(directory: Path, files: Mapping[str, Path], *, lowercase: bool | None, longest: int) -> None:
@@ -43,6 +46,14 @@ def write_tokenizer(directory: Path, files: Mapping[str, Path], *, lowercase: bo
         (directory / VOCABULARY).write_text(lines, encoding="utf-8")
     settings = json.dumps(_settings(tokenizer.lowercase, longest), indent=2)
     (directory / SETTINGS).write_text(settings + "\n", encoding="utf-8")
+
+
+def said_lowercase(files: Mapping[str, Path]) -> bool | None:
+    """Whether the settings among tokenizer files say that the vocabulary is uncased; None when they do not say."""
+    if SETTINGS not in files:
+        return None
+    said = read_object(files[SETTINGS], largest=_LARGEST, error=FormatError).get("do_lower_case")
+    return said if isinstance(said, bool) else None
 
 
 def _load(directory: Path, lowercase: bool | None) -> Tokenizer:

@@ -17,7 +17,7 @@ from megatron_bert_tp.checkpoint.read import Checkpoint, Reader
 from megatron_bert_tp.errors import FormatError
 from megatron_bert_tp.formats.huggingface import HuggingFaceDirectory
 from megatron_bert_tp.formats.huggingface_config import CONFIG
-from megatron_bert_tp.formats.tokenizer_files import TOKENIZER_FILES
+from megatron_bert_tp.formats.tokenizer_files import TOKENIZER_FILES, said_lowercase
 from megatron_bert_tp.model.shape import PRETRAINING, Head, ModelShape
 
 LOWERCASE = "lowercase"
@@ -45,7 +45,9 @@ class ModelSource:
         """
         if (path / CONFIG).is_file():
             found = HuggingFaceDirectory.open(path)
-            return cls(found.shape, found.head, found.read, found.tokenizer_files, settings=found.settings)
+            files = found.tokenizer_files
+            lowercase = said_lowercase(files)
+            return cls(found.shape, found.head, found.read, files, lowercase=lowercase, settings=found.settings)
         checkpoint = Checkpoint.open(path)
         source = cls.of_checkpoint(checkpoint)
         checkpoint.verify()

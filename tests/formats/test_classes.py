@@ -261,6 +261,22 @@ def test_keys_that_mean_nothing_here_are_kept(saved, tmp_path):
     assert settings_of(round_trip(original, tmp_path)) == settings_of(original)
 
 
+def test_what_the_model_says_itself_is_no_setting(saved):
+    assert saved_settings(saved()) == {"bos_token_id", "eos_token_id", "use_cache"}
+    assert saved_settings(saved("more", **LABELS)) >= LABELS.keys()
+
+
+def saved_settings(directory):
+    return HuggingFaceDirectory.open(directory).settings.keys()
+
+
+def test_labels_without_names_get_those_of_transformers(tmp_path):
+    shape, head = replace(ODD, num_labels=3), HEADS[CLASSIFIER]
+    write_directory(tmp_path / "out", shape, lambda _name, _offsets, extent: torch.ones(extent), {}, head=head)
+    build(CLASSIFIER, num_labels=3).save_pretrained(tmp_path / "theirs")
+    assert settings_of(tmp_path / "out") == settings_of(tmp_path / "theirs")
+
+
 def test_settings_of_the_caller_do_not_contradict_the_model(tmp_path):
     def read(_name, _offsets, extent):
         return torch.ones(extent)

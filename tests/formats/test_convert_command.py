@@ -64,6 +64,18 @@ def test_options_choose_number_format_and_size_of_files(saved, tmp_path, archite
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("form", ["directory", "checkpoint"])
+def test_megatron_and_back_is_the_identity(saved, tmp_path, capsys, form):
+    directory = saved(intermediate_size=64, type_vocab_size=2, layer_norm_eps=1e-5)
+    assert convert("from-hf", directory, tmp_path / "checkpoint") == 0
+    source = directory if form == "directory" else tmp_path / "checkpoint"
+    assert convert("to-ngc", source, tmp_path / "megatron", "--tensor", "2", "--pipeline", "5") == 0
+    assert convert("inspect", tmp_path / "megatron") == 0
+    assert "layout      tensor 2 x pipeline 5\n" in capsys.readouterr().out
+    assert convert("from-ngc", tmp_path / "megatron", tmp_path / "out") == 0
+    assert_same_bytes(directory, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2GiB", 2**31), ("700", 700), ("3kb", 3000)]
 )

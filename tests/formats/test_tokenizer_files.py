@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, BertTokenizer
 from megatron_bert_tp.data.tokenizer import Tokenizer
 from megatron_bert_tp.errors import FormatError
 from megatron_bert_tp.formats.convert import from_huggingface, to_huggingface
+from megatron_bert_tp.formats.weights import ModelSource
 from tests.checkpoint.layouts import ODD, save
 from tests.formats.conftest import build
 
@@ -82,6 +83,15 @@ def test_the_files_of_transformers_go_through_unchanged(tmp_path, entries, lower
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (original / name).read_bytes()
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_a_directory_says_whether_its_tokenizer_is_uncased(saved, lowercase):
+    directory = saved()
+    assert ModelSource.open(directory).lowercase is None
+    ids = {entry: number for number, entry in enumerate(UNCASED)}
+    BertTokenizer(vocab=ids, do_lower_case=lowercase).save_pretrained(directory)
+    assert ModelSource.open(directory).lowercase is lowercase
 
 
 def test_settings_without_a_vocabulary_are_no_tokenizer(tmp_path):
