@@ -63,16 +63,22 @@ def resized_rows(whole: Tensor, num_rows: int, *, deviation: float | None, gener
 def make_rows_(
     embedding_parent: nn.Module, head: MaskedLanguageModelHead | None, num_rows: int, *, axis: Axis
 ) -> None:
-    """Put empty embeddings of ``num_rows`` words, and a projection where there is a head, in place of the old."""
+    """Put empty embeddings of ``num_rows`` words, and a projection where there is a head, in place of the old.
+
+    What was frozen stays frozen.
+    """
     old = embedding_parent.word_embeddings
     assert isinstance(old, VocabParallelEmbedding)
-    weight = old.weight
+    weight, features = old.weight, old.weight.shape[1]
     fresh = VocabParallelEmbedding(
-        num_rows, weight.shape[1], axis=axis, dtype=weight.dtype, padding_idx=old.padding_idx
+        num_rows, features, axis=axis, dtype=weight.dtype, padding_idx=old.padding_idx
     )
-    embedding_parent.word_embeddings = fresh.to(weight.device)
+    fresh.to(weight.device).weight.requires_grad_(weight.requires_grad)
+    embedding_parent.word_embeddings = fresh
     if head is not None:
+        bias = weight.new_zeros(padded_share(num_rows, axis))
         head.full_shapes = {"bias": (num_rows,)}
-        head.bias = nn.Parameter(weight.new_zeros(padded_share(num_rows, axis)))
-        decoder = VocabParallelProjection(weight.shape[1], num_rows, axis=axis, dtype=weight.dtype)
-        head.decoder = decoder.to(weight.device)
+        head.bias = nn.Parameter(bias, requires_grad=head.bias.requires_grad)
+        decoder = VocabParallelProjection(features, num_rows, axis=axis, dtype=weight.dtype)
+        decoder.to(weight.device).weight.requires_grad_(head.decoder.weight.requires_grad)
+        head.decoder = decoder
