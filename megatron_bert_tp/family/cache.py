@@ -34,10 +34,6 @@ class KeyValueCache:
         """Cache from nested tuples; ArgumentError when a layer has neither two nor four tensors."""
         return cls(tuple(map(_layer_of, layers)))
 
-    def select(self, rows: Tensor) -> "KeyValueCache":
-        """The cache of some samples ``rows`` ``[kept]`` int64, in that order."""
-        return self.from_legacy_cache([[kept.index_select(0, rows) for kept in layer] for layer in self])
-
     def __getitem__(self, layer: int) -> tuple[Tensor, ...]:
         return _tuple_of(self.layers[layer])
 

@@ -28,3 +28,8 @@ def test_the_likeliest_words_and_shares_are_those_of_transformers(exported, text
     assert [[word for word, _ in row] for row in ours] == [tokenizer.convert_ids_to_tokens(row) for row in ids]
     # Two float32 programs of the same three layers: a few units of 1e-7 of a share below 1.
     assert [share for row in ours for _, share in row] == pytest.approx(shares.flatten().tolist(), abs=1e-5)
+
+
+def test_the_folder_of_a_run_answers_like_its_export(finished_run, exported):
+    text = "w3 w6 [MASK] w12 [MASK]"
+    assert FillMask(finished_run).best(text, 4) == FillMask(exported).best(text, 4)
