@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -65,6 +65,22 @@ class Arguments:
     return_dict: bool | None = None
     sample_numbers: tuple[int, ...] | None = None
 
+    @classmethod
+    def of(
+        cls, allowed: type, first: tuple[Tensor | None, Tensor | None, Tensor | None], more: Mapping[str, Any]
+    ) -> "Arguments":
+        """The ``first`` three and those by name, which ``allowed``, one of the classes above, must know.
+
+        TypeError, as Python itself has it, for a name that the class of the model does not take.
+        """
+        names = list(allowed.__annotations__)
+        unknown = sorted(more.keys() - set(names))
+        if unknown:
+            exists = unknown[0] in {each.name for each in fields(cls)}
+            reason = "which is for a model that decodes; " if exists else ""
+            raise TypeError(f"forward() does not take {unknown[0]!r}; {reason}it takes {', '.join(names)}")
+        return cls(*first, **more)
+
     @property
     def words(self) -> Tensor:
         """Ids or embedded words, whichever is given; ArgumentError unless it is one of them."""
@@ -74,16 +90,6 @@ class Arguments:
         words = self.inputs_embeds if self.input_ids is None else self.input_ids
         assert words is not None
         return words
-
-
-def check_names(given: Mapping[str, object], allowed: type, method: str) -> None:
-    """TypeError, as Python itself has it, for keywords that a class does not take."""
-    names = list(allowed.__annotations__)
-    unknown = sorted(given.keys() - set(names))
-    if unknown:
-        exists = unknown[0] in {each.name for each in fields(Arguments)}
-        reason = "which is for a model that decodes; " if exists else ""
-        raise TypeError(f"{method}() does not take {unknown[0]!r}; {reason}it takes {', '.join(names)}")
 
 
 def check_words(words: Tensor, shape: ModelShape, *, past: int, dtype: torch.dtype) -> None:

@@ -18,7 +18,6 @@ from megatron_bert_tp.family.arguments import (
     CrossArguments,
     DecoderArguments,
     EncoderArguments,
-    check_names,
 )
 from megatron_bert_tp.family.base import PretrainedModel
 from megatron_bert_tp.family.choices import flattened
@@ -72,8 +71,7 @@ class MegatronBertModel(PretrainedModel):
         **more: Unpack[DecoderArguments],
     ) -> BaseOutput | tuple[Any, ...]:
         """Hidden states ``[batch, sequence, hidden]`` and pooled output ``[batch, hidden]``."""
-        check_names(more, DecoderArguments, "forward")
-        arguments = Arguments(input_ids, attention_mask, token_type_ids, **more)
+        arguments = Arguments.of(DecoderArguments, (input_ids, attention_mask, token_type_ids), more)
         passed = self.encode(arguments)
         output = BaseOutput(
             last_hidden_state=passed.hidden,
@@ -105,8 +103,7 @@ class MegatronBertForPreTraining(PretrainedModel):
 
         Label 0: B follows A, 1: it is random.  The loss is the plain sum of those of the labels that are given.
         """
-        check_names(more, EncoderArguments, "forward")
-        arguments = Arguments(input_ids, attention_mask, token_type_ids, **more)
+        arguments = Arguments.of(EncoderArguments, (input_ids, attention_mask, token_type_ids), more)
         passed = self.encode(arguments)
         words = self.cls.predictions(passed.hidden)
         pairs = self.cls.seq_relationship(self.bert.pooler(passed.hidden))
@@ -139,8 +136,7 @@ class MegatronBertForMaskedLM(PretrainedModel):
         **more: Unpack[CrossArguments],
     ) -> LogitsOutput | tuple[Any, ...]:
         """Logits ``[batch, sequence, vocabulary]``; ``labels`` ``[batch, sequence]``, -100 where there is none."""
-        check_names(more, CrossArguments, "forward")
-        arguments = Arguments(input_ids, attention_mask, token_type_ids, **more)
+        arguments = Arguments.of(CrossArguments, (input_ids, attention_mask, token_type_ids), more)
         passed = self.encode(arguments)
         words = self.cls.predictions(passed.hidden)
         loss = words_loss(self.cls.predictions, words, labels)
@@ -174,10 +170,9 @@ class MegatronBertForCausalLM(PretrainedModel):
         ``logits_to_keep`` computes the logits of that many last positions only (0: all), or of the positions that
         it lists.  Labels turn the cache off.
         """
-        check_names(more, DecoderArguments, "forward")
         if labels is not None:
             more["use_cache"] = False
-        arguments = Arguments(input_ids, attention_mask, token_type_ids, **more)
+        arguments = Arguments.of(DecoderArguments, (input_ids, attention_mask, token_type_ids), more)
         is_cut = isinstance(logits_to_keep, Tensor) or logits_to_keep != 0
         if labels is not None and is_cut:
             raise ArgumentError("labels need the logits of all positions; leave logits_to_keep at 0")
@@ -214,8 +209,7 @@ class MegatronBertForNextSentencePrediction(PretrainedModel):
         **more: Unpack[EncoderArguments],
     ) -> LogitsOutput | tuple[Any, ...]:
         """Logits ``[batch, 2]``; ``labels`` ``[batch]``: 0 where B follows A, 1 where it is random."""
-        check_names(more, EncoderArguments, "forward")
-        arguments = Arguments(input_ids, attention_mask, token_type_ids, **more)
+        arguments = Arguments.of(EncoderArguments, (input_ids, attention_mask, token_type_ids), more)
         passed = self.encode(arguments)
         logits = self.cls.seq_relationship(self.bert.pooler(passed.hidden))
         return self.answer(_logits_output(_class_loss(logits, labels), logits, passed), arguments)
@@ -241,8 +235,7 @@ class MegatronBertForSequenceClassification(PretrainedModel):
         at once; or ``[batch]`` or ``[batch, num_labels]`` numbers.  ``config.problem_type`` says which, and is set
         on first use by number of labels and number format, as `transformers` does it.
         """
-        check_names(more, EncoderArguments, "forward")
-        arguments = Arguments(input_ids, attention_mask, token_type_ids, **more)
+        arguments = Arguments.of(EncoderArguments, (input_ids, attention_mask, token_type_ids), more)
         passed = self.encode(arguments)
         logits = self.classify(self.bert.pooler(passed.hidden), passed)
         loss = None
@@ -268,8 +261,9 @@ class MegatronBertForMultipleChoice(PretrainedModel):
         **more: Unpack[EncoderArguments],
     ) -> LogitsOutput | tuple[Any, ...]:
         """Inputs ``[batch, choices, sequence]``, logits ``[batch, choices]``, ``labels`` ``[batch]``."""
-        check_names(more, EncoderArguments, "forward")
-        arguments, num_choices = flattened(Arguments(input_ids, attention_mask, token_type_ids, **more))
+        arguments, num_choices = flattened(
+            Arguments.of(EncoderArguments, (input_ids, attention_mask, token_type_ids), more)
+        )
         passed = self.encode(arguments)
         logits = self.classify(self.bert.pooler(passed.hidden), passed).view(-1, num_choices)
         return self.answer(_logits_output(_class_loss(logits, labels), logits, passed), arguments)
@@ -290,8 +284,7 @@ class MegatronBertForTokenClassification(PretrainedModel):
         **more: Unpack[EncoderArguments],
     ) -> LogitsOutput | tuple[Any, ...]:
         """Logits ``[batch, sequence, num_labels]``; ``labels`` ``[batch, sequence]``, -100 where there is none."""
-        check_names(more, EncoderArguments, "forward")
-        arguments = Arguments(input_ids, attention_mask, token_type_ids, **more)
+        arguments = Arguments.of(EncoderArguments, (input_ids, attention_mask, token_type_ids), more)
         passed = self.encode(arguments)
         logits = self.classify(passed.hidden, passed)
         return self.answer(_logits_output(_class_loss(logits, labels), logits, passed), arguments)
@@ -316,8 +309,7 @@ class MegatronBertForQuestionAnswering(PretrainedModel):
 
         The loss is the mean of the two, and there is one only if both positions are given.
         """
-        check_names(more, EncoderArguments, "forward")
-        arguments = Arguments(input_ids, attention_mask, token_type_ids, **more)
+        arguments = Arguments.of(EncoderArguments, (input_ids, attention_mask, token_type_ids), more)
         if (start_positions is None) != (end_positions is None):
             raise ArgumentError("give start_positions and end_positions, or neither; the loss needs both")
         passed = self.encode(arguments)
