@@ -1,7 +1,8 @@
 """Arguments of a forward call, checked and turned into what the layers read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, TypedDict
 
 import torch
@@ -12,6 +13,9 @@ from megatron_bert_tp.family.cache import KeyValueCache, PastKeyValues
 from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.parallel.collectives import copy_to
 from megatron_bert_tp.parallel.mesh import Axis
+
+_FIRST = ("input_ids", "attention_mask", "token_type_ids")
+_LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions", "logits_to_keep")
 
 
 class EncoderArguments(TypedDict, total=False):
@@ -73,12 +77,9 @@ class Arguments:
 
         TypeError, as Python itself has it, for a name that the class of the model does not take.
         """
-        names = list(allowed.__annotations__)
-        unknown = sorted(more.keys() - set(names))
+        unknown = sorted(more.keys() - set(allowed.__annotations__))
         if unknown:
-            exists = unknown[0] in {each.name for each in fields(cls)}
-            reason = "which is for a model that decodes; " if exists else ""
-            raise TypeError(f"forward() does not take {unknown[0]!r}; {reason}it takes {', '.join(names)}")
+            raise TypeError(_untaken(unknown[0], [*_FIRST, *allowed.__annotations__]))
         return cls(*first, **more)
 
     @property
@@ -90,6 +91,15 @@ class Arguments:
         words = self.inputs_embeds if self.input_ids is None else self.input_ids
         assert words is not None
         return words
+
+
+def _untaken(name: str, names: list[str]) -> str:
+    """Why an argument is not taken, and what is meant, or which there are."""
+    near = get_close_matches(name, [*names, *_LABELS], n=1)
+    reason = "this class has no use for it; " if name in {*_LABELS, *Arguments.__annotations__} else ""
+    if near and not reason:
+        return f"forward() does not take {name!r}; did you mean {near[0]}?"
+    return f"forward() does not take {name!r}; {reason}it takes {', '.join(names)}, and its labels"
 
 
 def check_words(words: Tensor, shape: ModelShape, *, past: int, dtype: torch.dtype) -> None:
@@ -114,14 +124,30 @@ def check_words(words: Tensor, shape: ModelShape, *, past: int, dtype: torch.dty
             f"the input has {length} positions, cached ones included, but max_position_embeddings is "
             f"{shape.max_position_embeddings}; cut it, or use a model with more positions"
         )
-    # Split over ranks, an id that nobody owns would be embedded as zeros.  A GPU is not waited for.
-    if expected == 2 and words.device.type == "cpu" and words.numel():
-        smallest, largest = int(words.min()), int(words.max())
-        if smallest < 0 or largest >= shape.vocab_size:
-            raise ArgumentError(
-                f"input_ids go from {smallest} to {largest}, but the vocabulary has {shape.vocab_size} words, "
-                "from 0 on; was the text encoded with another tokenizer?"
-            )
+    # Split over ranks, an id that nobody owns would be embedded as zeros.
+    if expected == 2:
+        check_range(words, shape.vocab_size, "input_ids", hint="; was the text encoded with another tokenizer?")
+
+
+def check_range(ids: Tensor | None, size: int, name: str, *, hint: str = "") -> None:
+    """ArgumentError for numbers that are not from 0 to below ``size``; a GPU is not waited for."""
+    if ids is None or ids.device.type != "cpu" or not ids.numel():
+        return
+    smallest, largest = int(ids.min()), int(ids.max())
+    if smallest < 0 or largest >= size:
+        raise ArgumentError(f"{name} go from {smallest} to {largest}, but must be from 0 to {size - 1}{hint}")
+
+
+def check_states(states: Tensor | None, words: Tensor, hidden_size: int, dtype: torch.dtype) -> None:
+    """ArgumentError for states of an encoder that the model cannot look at."""
+    if states is None:
+        return
+    fits = states.dim() == 3 and (states.shape[0], states.shape[2]) == (words.shape[0], hidden_size)
+    if not fits or states.dtype != dtype:
+        raise ArgumentError(
+            f"encoder_hidden_states are {states.dtype} {tuple(states.shape)}; they must be {dtype} [batch, keys, "
+            f"hidden], here with batch {words.shape[0]} and hidden {hidden_size}"
+        )
 
 
 def head_mask_of(
@@ -148,8 +174,18 @@ def head_mask_of(
 
 
 def check_decoder(arguments: Arguments, shape: ModelShape, cache: KeyValueCache | None) -> None:
-    """ArgumentError for what only a decoder can use."""
+    """ArgumentError for what would have no effect: only a decoder has a cache and looks at an encoder."""
+    if arguments.position_ids is not None and shape.is_relative:
+        raise ArgumentError(
+            f"position_ids have no effect with position_embedding_type {shape.position_embedding_type!r}, which "
+            "counts distances from token to token; leave them out"
+        )
+    has_states = arguments.encoder_hidden_states is not None or (cache is not None and cache.sees_encoder)
     if shape.is_decoder:
+        if arguments.encoder_attention_mask is not None and not has_states:
+            raise ArgumentError(
+                "encoder_attention_mask is there without encoder_hidden_states; give both, or neither"
+            )
         if arguments.encoder_hidden_states is not None and not shape.add_cross_attention:
             raise ArgumentError(
                 "encoder_hidden_states need cross-attention layers, and this model has none; make it with "

@@ -1,6 +1,8 @@
 """What the nine classes share: one stage of all layers, its weights, files and embeddings."""
 
 import logging
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -11,15 +13,17 @@ from torch import Tensor, nn
 
 from megatron_bert_tp.checkpoint.load import load_parts_
 from megatron_bert_tp.checkpoint.read import Reader
-from megatron_bert_tp.errors import ArgumentError, LayoutError, MegatronBertError
+from megatron_bert_tp.errors import ArgumentError, ConfigError, LayoutError, MegatronBertError
 from megatron_bert_tp.family.arguments import Arguments
 from megatron_bert_tp.family.config import MegatronBertConfig
 from megatron_bert_tp.family.files import (
     WORDS,
     agreed,
+    dtype_named,
     gather_whole,
     open_pretrained,
     reader_of,
+    shard_bytes,
     whole_tensors,
     write_pretrained,
 )
@@ -29,8 +33,9 @@ from megatron_bert_tp.family.vocabulary import embedding_of, make_rows_, resized
 from megatron_bert_tp.formats.huggingface import BIAS, DECODER_BIAS, DECODER_WEIGHT
 from megatron_bert_tp.model.heads import LanguageHeads, MaskedLanguageModelHead, classify
 from megatron_bert_tp.model.initialisation import initialise_
-from megatron_bert_tp.model.shape import Head, tied_names
+from megatron_bert_tp.model.shape import Head, tensor_shapes, tied_names
 from megatron_bert_tp.model.stage import MegatronBertStage, Trunk
+from megatron_bert_tp.parallel.collectives import sum_over_
 from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.parallel.random_bits import RandomBits
 from megatron_bert_tp.parallel.sharding import Part, parts
@@ -67,9 +72,15 @@ class PretrainedModel(nn.Module):
     ) -> None:
         """``weights`` fills the parameters; without it they are drawn from ``seed``."""
         super().__init__()
+        if not isinstance(config, MegatronBertConfig):
+            raise ConfigError(
+                f"config is a {type(config).__module__}.{type(config).__name__}; give a MegatronBertConfig of "
+                "this package, which reads the other's files: MegatronBertConfig.from_pretrained(directory)"
+            )
         self.config, self.seed, self.mesh = config, seed, mesh or ParallelMesh.alone()
         self.loading_info: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": []}
-        self._samples_seen = 0
+        self.samples_seen = 0
+        """Samples of each data rank that were trained on: dropout bits go on from there, so keep it on resume."""
         if self.mesh.pipeline.size > 1:
             raise LayoutError(
                 f"a {type(self).__name__} computes all layers in one call, and this mesh has a pipeline of "
@@ -85,6 +96,8 @@ class PretrainedModel(nn.Module):
         for name, child in (stage if self.prefix else stage.bert).named_children():
             self.add_module(name, child)
         self.tie_weights()
+        if config.shape.is_relative:  # nothing reads them; DistributedDataParallel would wait for their gradient
+            self.trunk.embeddings.position_embeddings.weight.requires_grad_(False)
         self.register_state_dict_post_hook(_name_decoder_bias)
         self.register_load_state_dict_pre_hook(_take_decoder_bias)
 
@@ -94,16 +107,17 @@ class PretrainedModel(nn.Module):
         directory: str | Path,
         *,
         mesh: ParallelMesh | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         seed: int = 0,
         ignore_mismatched_sizes: bool = False,
         **overrides: Any,
     ) -> Self:
         """Model in evaluation mode from a Hugging Face directory, or a checkpoint, of any of the nine classes.
 
-        ``dtype`` is that of the files unless given; ``overrides`` are settings of `MegatronBertConfig`.  Head
-        tensors that the files lack are drawn from ``seed``; the log and `loading_info` say which.  With a mesh,
-        every rank reads only its share.
+        ``dtype``, also by name, is that of the files unless given; ``overrides`` are settings of
+        `MegatronBertConfig`.  Tensors of the head that the files lack, and cross-attention and distances that the
+        settings add, are drawn from ``seed``; the log and `loading_info` say which.  With a mesh, every rank reads
+        only its share.
         """
         options = {name: overrides.pop(name) for name in cls.OPTIONS if name in overrides}
         source = open_pretrained(
@@ -113,10 +127,10 @@ class PretrainedModel(nn.Module):
             seed=seed,
             ignores_sizes=ignore_mismatched_sizes,
         )
-        made = dtype or source.dtype
+        made = source.dtype if dtype is None else dtype_named(dtype)
         model = cls(source.config, mesh=mesh, dtype=made, seed=seed, weights=source.read, **options)
         model.loading_info = {"missing_keys": list(source.new), "unexpected_keys": list(source.unused)}
-        if source.new or source.unused:
+        if (source.new or source.unused) and model.mesh.is_first:
             new, unused = (", ".join(names) or "none" for names in (source.new, source.unused))
             log.warning("%s: new in a %s, drawn at random: %s; unused: %s", directory, cls.__name__, new, unused)
         return model.eval()
@@ -126,28 +140,39 @@ class PretrainedModel(nn.Module):
         """Head of the class under its own options."""
         return cls.head
 
-    def save_pretrained(self, directory: str | Path, *, max_shard_size: int | None = None) -> None:
+    def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str | None = None) -> None:
         """Write config.json and whole weights, as `transformers` reads them, beside what is there already.
 
         Under tensor parallelism every rank must call it, and the first one writes.  ``max_shard_size`` is in
-        bytes.  FormatError on every rank when it cannot be written, or a model stands there already.
+        bytes, or text such as ``5GB``.  FormatError on every rank when it cannot be written, or a model stands
+        there already; ConfigError when the settings are not those of the model any more.
         """
         axis, failure = self.mesh.tensor, None
         if not self.mesh.data.is_first:
             return
+        self._check_sizes()
+        most = None if max_shard_size is None else shard_bytes(max_shard_size)
         wholes = whole_tensors(self.parts(), axis)
         try:
             if axis.is_first:
                 write_pretrained(
-                    Path(directory), self.config, self.head, wholes, max_shard_bytes=max_shard_size
+                    Path(directory), self.config, self.head, wholes, max_shard_bytes=most
                 )
         except (MegatronBertError, OSError) as error:
             failure = error
         agreed(failure, axis)
 
     def parts(self) -> list[Part]:
-        """Every named rectangle of a tensor on this rank; names carry the prefix ``bert.`` in every class."""
+        """Every named rectangle of a tensor on this rank; names carry the prefix ``bert.`` in every class.
+
+        ConfigError when the settings tie embeddings that are two tensors by now.
+        """
         aliases = tied_names(self.config.shape, self.head)
+        if aliases and self.cls.predictions.decoder.weight is not self.trunk.embeddings.word_embeddings.weight:
+            raise ConfigError(
+                "tie_word_embeddings is set, but the word embeddings and the projection on the vocabulary are two "
+                "tensors by now; call tie_weights(), or set config.tie_word_embeddings=False to keep both"
+            )
         named = parts(self, self.mesh.tensor, aliases)
         return named if self.prefix else [replace(part, name=f"bert.{part.name}") for part in named]
 
@@ -162,6 +187,11 @@ class PretrainedModel(nn.Module):
         return self.cls.predictions if self.head.has_predictions else None
 
     @property
+    def base_model(self) -> nn.Module:
+        """What stands below the head, as `trunk`."""
+        return self.trunk
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.parameters()).device
@@ -171,12 +201,42 @@ class PretrainedModel(nn.Module):
         """Number format of the parameters."""
         return next(self.parameters()).dtype
 
-    def num_parameters(self) -> int:
-        """Numbers in the whole model, shared ones once and padding not at all."""
-        return sum(prod(part.shape) for part in self.parts() if part.alias_of is None)
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Numbers in the whole model, or of those that need a gradient; shared ones once, padding not at all."""
+        return sum(
+            prod(part.shape)
+            for part in self.parts()
+            if part.alias_of is None and (part.parameter.requires_grad or not only_trainable)
+        )
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Keep only the input of each layer in training, and compute its inside again in the backward."""
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """Scale all gradients so that their norm is at most ``max_norm``; returns the norm before, in float64.
+
+        The norm is that of the whole model, equal on all tensor ranks, which must all call it.  torch's own
+        function would see this rank's share alone and let replicated weights drift apart.
+        """
+        counted = [part for part in self.parts() if part.is_counted_here and part.parameter.grad is not None]
+        squares = [part.view(cast(Tensor, part.parameter.grad)).double().square().sum() for part in counted]
+        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+        norm = math.sqrt(sum_over_(total, self.mesh.tensor).item())
+        if norm > max_norm:
+            gradients = [each.grad for each in self.parameters() if each.grad is not None]
+            torch._foreach_mul_(gradients, max_norm / norm)
+        return norm
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, object] | None = None
+    ) -> None:
+        """Keep only the input of each layer in training, and compute its inside again in the backward.
+
+        Of torch's two ways it is the one with ``use_reentrant=False``; ArgumentError for anything else.
+        """
+        asked = dict(gradient_checkpointing_kwargs or {})
+        if asked.pop("use_reentrant", False) or asked:
+            raise ArgumentError(
+                f"gradient_checkpointing_kwargs is {gradient_checkpointing_kwargs}; only use_reentrant=False is "
+                "there"
+            )
         self.trunk.encoder.recomputes = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -193,7 +253,16 @@ class PretrainedModel(nn.Module):
         return self.trunk.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Exchange the word embeddings; call `tie_weights` to have the projection follow."""
+        """Exchange the word embeddings; call `tie_weights` to have the projection follow.
+
+        ArgumentError for another number of words: `resize_token_embeddings` changes it everywhere.
+        """
+        rows = getattr(value, "full_shapes", {"weight": tuple(value.weight.shape)})["weight"][0]  # type: ignore[arg-type]
+        if rows != self.config.vocab_size:
+            raise ArgumentError(
+                f"the embeddings have {rows} words, and the model {self.config.vocab_size}; use "
+                "resize_token_embeddings, and then set embeddings of that size"
+            )
         self.trunk.embeddings.word_embeddings = embedding_of(value, self.mesh.tensor)  # type: ignore[assignment]
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -230,6 +299,16 @@ class PretrainedModel(nn.Module):
             resize_(self, num_rows, deviation=None if mean_resizing else self.config.initializer_range)
         return self.get_input_embeddings()
 
+    def _check_sizes(self) -> None:
+        """ConfigError when the settings were changed to those of another model after this one was built."""
+        wanted = tensor_shapes(self.config.shape, self.head)
+        for part in self.parts():
+            if part.alias_of is None and wanted.get(part.name) != part.shape:
+                raise ConfigError(
+                    f"{part.name} has the shape {part.shape}, but the settings say {wanted.get(part.name)} by "
+                    "now; set config back to the numbers of the model, or build a new one"
+                )
+
     def encode(self, arguments: Arguments) -> Passed:
         """Embeddings and all layers; in training with dropout."""
         bits = RandomBits(self.seed, self._sample_numbers(arguments)) if self.training else None
@@ -250,8 +329,8 @@ class PretrainedModel(nn.Module):
                     f"sample_numbers has {len(arguments.sample_numbers)} entries for {num_samples} samples"
                 )
             return arguments.sample_numbers
-        first = self._samples_seen
-        self._samples_seen += num_samples
+        first = self.samples_seen
+        self.samples_seen += num_samples
         return tuple(number * data.size + data.rank for number in range(first, first + num_samples))
 
     def answer(self, output: OutputT, arguments: Arguments) -> OutputT | tuple[Any, ...]:

@@ -25,6 +25,11 @@ class KeyValueCache:
         """Positions that are cached."""
         return self.layers[0].own.length
 
+    @property
+    def sees_encoder(self) -> bool:
+        """Whether the keys of an encoder are cached too."""
+        return self.layers[0].cross is not None
+
     def to_legacy_cache(self) -> tuple[tuple[Tensor, ...], ...]:
         """Nested tuples."""
         return tuple(map(_tuple_of, self.layers))
@@ -49,6 +54,11 @@ PastKeyValues = KeyValueCache | Sequence[Sequence[Tensor]]
 
 def cache_of(given: PastKeyValues, *, num_layers: int, num_heads: int) -> KeyValueCache:
     """Either form as a cache; ArgumentError when it does not fit the model on this rank."""
+    if not isinstance(given, KeyValueCache | Sequence):
+        raise ArgumentError(
+            f"past_key_values is a {type(given).__name__}; give the cache of an earlier output of this model, or "
+            "nested tuples of tensors"
+        )
     cache = given if isinstance(given, KeyValueCache) else KeyValueCache.from_legacy_cache(given)
     if len(cache) != num_layers:
         raise ArgumentError(f"past_key_values has {len(cache)} layers, but the model has {num_layers}")

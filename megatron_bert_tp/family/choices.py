@@ -20,6 +20,11 @@ def flattened(arguments: Arguments) -> tuple[Arguments, int]:
             f"the input of multiple choice has the shape {tuple(words.shape)}; give [batch, choices, sequence], "
             "or [batch, choices, sequence, hidden] of inputs_embeds"
         )
+    mask = arguments.attention_mask
+    if mask is not None and mask.dim() < 3:
+        raise ArgumentError(
+            f"attention_mask of multiple choice has the shape {tuple(mask.shape)}; give [batch, choices, sequence]"
+        )
     choices = words.shape[1]
     numbers = arguments.sample_numbers
     if numbers is not None:

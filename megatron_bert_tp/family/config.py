@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 from megatron_bert_tp.checkpoint.durable import JSON
 from megatron_bert_tp.checkpoint.model import parse_shape
@@ -13,6 +13,8 @@ from megatron_bert_tp.errors import ConfigError
 from megatron_bert_tp.formats.huggingface_config import CONFIG, config_of, read_config
 from megatron_bert_tp.model.shape import HEADS, ModelShape
 
+_NUM_LABELS = 2
+_OF_FROM_PRETRAINED = ("dtype", "mesh", "seed", "ignore_mismatched_sizes")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 _BARE = HEADS["MegatronBertModel"]
 _SHAPE = {each.name for each in fields(ModelShape)}
@@ -22,8 +24,9 @@ _SHAPE = {each.name for each in fields(ModelShape)}
 class MegatronBertConfig:
     """Numbers and choices of a model, with Hugging Face's defaults: those of the cased 345M.
 
-    ``id2label`` and ``num_labels`` say the same, and the former wins.  ``extra`` holds keys of a `config.json`
-    that mean nothing here, to be written again.  An unknown name raises, as does a value that cannot be.
+    ``id2label``, ``label2id`` and ``num_labels`` say the same: one of them is enough.  ``extra`` holds keys of a
+    `config.json` that mean nothing here, to be written again.  An unknown name raises, as does a value that
+    cannot be.
     """
 
     vocab_size: int = 29056
@@ -41,12 +44,12 @@ class MegatronBertConfig:
     position_embedding_type: str = "absolute"
     pad_token_id: int = 0
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     use_cache: bool = True
     is_decoder: bool = False
     add_cross_attention: bool = False
     tie_word_embeddings: bool = True
-    num_labels: int = 2
+    num_labels: int = _NUM_LABELS
     id2label: dict[int, str] | None = None
     label2id: dict[str, int] | None = None
     problem_type: str | None = None
@@ -58,14 +61,25 @@ class MegatronBertConfig:
     model_type = "megatron-bert"
 
     def __post_init__(self) -> None:
+        if self.id2label is None and self.label2id is not None:
+            self.id2label = {number: name for name, number in self.label2id.items()}
         if self.id2label is not None:
             self.id2label = {int(number): name for number, name in self.id2label.items()}
-            self.num_labels = len(self.id2label)
+            if self.num_labels == _NUM_LABELS:  # not given
+                self.num_labels = len(self.id2label)
+            self._check_labels()
         if self.id2label is not None and self.label2id is None:
             self.label2id = {name: number for number, name in self.id2label.items()}
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ConfigError(f"problem_type is {self.problem_type!r}; choose one of {', '.join(PROBLEM_TYPES)}")
         _ = self.shape
+
+    def _check_labels(self) -> None:
+        if self.id2label is not None and len(self.id2label) != self.num_labels:
+            raise ConfigError(
+                f"num_labels is {self.num_labels}, but id2label names {len(self.id2label)}; give as many names as "
+                "labels, or set one of them alone"
+            )
 
     @property
     def shape(self) -> ModelShape:
@@ -75,15 +89,14 @@ class MegatronBertConfig:
 
     @property
     def settings(self) -> dict[str, JSON]:
-        """What a `config.json` holds beside the shape."""
+        """What a `config.json` holds beside the shape; ConfigError when labels and their number disagree."""
         known = {each.name: getattr(self, each.name) for each in fields(self)}
-        names = known.keys() - _SHAPE - {"extra", "return_dict"}
+        names = known.keys() - _SHAPE - {"extra"}
         defaults = {each.name: each.default for each in fields(self)}
         written = {name: known[name] for name in sorted(names) if known[name] != defaults[name]}
-        if self.id2label is not None and len(self.id2label) == self.num_labels:
+        self._check_labels()
+        if self.id2label is not None:
             written["id2label"] = {str(number): name for number, name in self.id2label.items()}
-        else:
-            written = {name: value for name, value in written.items() if name not in ("id2label", "label2id")}
         return {**self.extra, **written}
 
     @classmethod
@@ -105,11 +118,13 @@ class MegatronBertConfig:
         """The same with other values; ConfigError for a name that there is not."""
         known = {each.name: getattr(self, each.name) for each in fields(self)}
         for name in overrides.keys() - known.keys():
-            near = get_close_matches(name, known, n=1)
+            near = get_close_matches(name, [*known, *_OF_FROM_PRETRAINED], n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise ConfigError(f"MegatronBertConfig has no setting {name!r}; {hint}")
-        if "num_labels" in overrides and "id2label" not in overrides:
+        if overrides.get("num_labels", self.num_labels) != self.num_labels and "id2label" not in overrides:
             known |= {"id2label": None, "label2id": None}
+        if "id2label" in overrides:
+            known |= {"num_labels": len(cast(Mapping[int, str], overrides["id2label"])), "label2id": None}
         return type(self)(**{**known, **overrides})
 
     def to_dict(self) -> dict[str, JSON]:

@@ -1,5 +1,6 @@
 """Where the weights of a model come from and go to: Hugging Face directories, and checkpoints to read."""
 
+from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,48 @@ from torch import Tensor
 from megatron_bert_tp.checkpoint.read import Reader
 from megatron_bert_tp.errors import ConfigError, FormatError, MegatronBertError
 from megatron_bert_tp.family.config import MegatronBertConfig
+from megatron_bert_tp.formats.arguments import num_bytes
 from megatron_bert_tp.formats.classes import is_of_a_head
+from megatron_bert_tp.formats.huggingface_config import CONFIG
 from megatron_bert_tp.formats.huggingface_writer import write_directory
 from megatron_bert_tp.formats.number_formats import dtype_of
+from megatron_bert_tp.formats.stored_tensors import INDEX, PICKLED, PICKLED_INDEX, WEIGHTS
 from megatron_bert_tp.formats.weights import ModelSource
 from megatron_bert_tp.model.initialisation import initial_tensor
-from megatron_bert_tp.model.shape import Head, tensor_shapes
+from megatron_bert_tp.model.shape import Head, ModelShape, tensor_shapes
 from megatron_bert_tp.parallel.collectives import gather_over
 from megatron_bert_tp.parallel.mesh import Axis
 from megatron_bert_tp.parallel.sharding import Part
 
+MODEL_FILES = (CONFIG, WEIGHTS, INDEX, PICKLED, PICKLED_INDEX)
 WORDS = "bert.embeddings.word_embeddings.weight"
+
+
+_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def dtype_named(dtype: torch.dtype | str) -> torch.dtype:
+    """A number format, given as such or by name; ConfigError for one that no model has."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype is {dtype}, which is no number format of a model; choose {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def shard_bytes(size: int | str) -> int:
+    """Bytes of a file at most, from a number or text such as ``5GB``; ConfigError when it is no size."""
+    try:
+        found = num_bytes(size) if isinstance(size, str) else size
+    except ArgumentTypeError as error:
+        raise ConfigError(f"max_shard_size: {error}") from error
+    if found < 1:
+        raise ConfigError(f"max_shard_size is {size}; it must be a number of bytes above 0, or text such as 5GB")
+    return found
 
 
 @dataclass(frozen=True)
@@ -44,15 +76,22 @@ def open_pretrained(
     """Weights for a model with ``head`` from a Hugging Face directory or a checkpoint of any class.
 
     ``overrides`` are settings over those of the files.  FormatError or CheckpointError when the files are no
-    MegatronBert; ConfigError when encoder tensors are missing, or tensors have other sizes than the settings
-    say, unless ``ignores_sizes``: then those are new.
+    MegatronBert; ConfigError when tensors of the encoder are missing or too many, or tensors have other sizes
+    than the settings say; those of a head are new instead with ``ignores_sizes``.
     """
+    if not path.exists():
+        raise FormatError(
+            f"{path}: there is no such folder; give a Hugging Face directory, a checkpoint or the folder of a run "
+            "(names of a hub are not looked up)"
+        )
     source = ModelSource.open(path)
     config = MegatronBertConfig.from_shape(source.shape, source.settings).replaced(**overrides)
     wanted, found = tensor_shapes(config.shape, head), tensor_shapes(source.shape, source.head)
     other = [name for name in wanted if name in found and wanted[name] != found[name]]
-    if other and not ignores_sizes:
-        raise ConfigError(_misfits(path, other, wanted, found))
+    fixed = [name for name in other if not (ignores_sizes and _may_be_new(name))]
+    if fixed:
+        raise ConfigError(_misfits(path, fixed, wanted, found))
+    _check_encoder(path, config.shape, source.shape)
     new = [name for name in wanted if name not in found or name in other]
     lacking = [name for name in new if name not in other and not _may_be_new(name)]
     if lacking:
@@ -67,6 +106,17 @@ def open_pretrained(
     )
 
 
+def _check_encoder(path: Path, wanted: ModelShape, found: ModelShape) -> None:
+    """ConfigError for settings that would use the weights in another way than they were trained for."""
+    for name in ("num_hidden_layers", "num_attention_heads"):
+        here, there = getattr(wanted, name), getattr(found, name)
+        if here != there:
+            raise ConfigError(
+                f"{path}: its model has {name} {there}, and {here} was asked for; leave that out, since the "
+                "weights would not be those of a trained model"
+            )
+
+
 def _may_be_new(name: str) -> bool:
     """What is trained on top of an encoder: heads, cross-attention and distances."""
     return is_of_a_head(name) or ".crossattention." in name or ".distance_embedding." in name
@@ -78,7 +128,7 @@ def _misfits(
     lines = [f"  {name}: {found[name]} there, {wanted[name]} asked for" for name in names[:10]]
     more = [f"  and {len(names) - 10} more"] if len(names) > 10 else []
     title = f"{path}: tensors have other sizes than the settings that were given:"
-    way_out = "leave these settings out, or give ignore_mismatched_sizes=True to draw such tensors anew"
+    way_out = "leave these settings out; a head of another size is drawn anew with ignore_mismatched_sizes=True"
     return "\n".join([title, *lines, *more, way_out])
 
 
@@ -154,7 +204,8 @@ def write_pretrained(
     )
     written = sorted(temporary.iterdir())
     directory.mkdir(parents=True, exist_ok=True)
-    taken = [path.name for path in written if (directory / path.name).exists()]
+    taken = sorted(name for name in MODEL_FILES if (directory / name).exists())
+    taken += [path.name for path in written if (directory / path.name).exists()]
     for path in written:
         path.unlink() if taken else path.rename(directory / path.name)
     temporary.rmdir()

@@ -1,6 +1,6 @@
 """Going on from given words with a causal language model: greedy or sampled, with or without a cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypedDict
 
@@ -22,11 +22,12 @@ class GenerationSettings(TypedDict, total=False):
     temperature: float
     top_k: int
     top_p: float
-    eos_token_id: int | None
+    eos_token_id: int | Sequence[int] | None
     pad_token_id: int | None
     use_cache: bool
     seed: int
     attention_mask: Tensor | None
+    token_type_ids: Tensor | None
     encoder_hidden_states: Tensor | None
     encoder_attention_mask: Tensor | None
 
@@ -41,9 +42,10 @@ class Sampling:
 
     def check(self) -> None:
         """ArgumentError for numbers that make no distribution."""
-        if self.temperature <= 0:
+        if not 1e-6 <= self.temperature <= 1e6:
             raise ArgumentError(
-                f"temperature is {self.temperature}; it must be above 0, and without do_sample it plays no part"
+                f"temperature is {self.temperature}; it must be from 1e-6 to 1e6; leave do_sample out for the "
+                "likeliest words"
             )
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ArgumentError(
@@ -120,30 +122,35 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     use_cache: bool = True,
     seed: int = 0,
     attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
     encoder_hidden_states: Tensor | None = None,
     encoder_attention_mask: Tensor | None = None,
 ) -> Tensor:
     """Words ``[batch, length]``: ``input_ids`` ``[batch, sequence]`` and what the model says comes after.
 
     Ends at ``max_length`` words in all or ``max_new_tokens`` more (neither: as many as there are positions), or
-    when every sample has said ``eos_token_id`` (default: that of the settings; none: never); a sample that has
-    is filled with ``pad_token_id``.  Pad prompts on the left and hide the padding with ``attention_mask``: then
-    positions begin at the first real word.  Greedy unless ``do_sample``, whose draws come from ``seed``.  The
-    cache changes the speed and not the words.  ArgumentError for settings that cannot be.
+    when every sample has said ``eos_token_id``, or one of several (default: those of the settings; none: never);
+    a sample that has is filled with ``pad_token_id``.  Pad prompts on the left and hide the padding with
+    ``attention_mask``: then positions begin at the first real word.  Greedy unless ``do_sample``, whose draws come
+    from ``seed``.  The cache changes the speed and not the words.  ArgumentError for settings that cannot be.
     """
     config = model.config
     if not config.is_decoder:
         raise ArgumentError("generate() needs a decoder: make the model with is_decoder=True")
     if model.training:
         raise ArgumentError("generate() would drop activations at random; call eval() on the model first")
+    _check_prompt(input_ids, attention_mask)
     end = _end(input_ids.shape[1], max_length, max_new_tokens, config.max_position_embeddings)
-    choose = chooser(Sampling(temperature, top_k, top_p) if do_sample else None, seed)
-    stop = config.eos_token_id if eos_token_id is None else eos_token_id
+    sampling = Sampling(temperature, top_k, top_p)
+    if not do_sample and sampling != Sampling():
+        raise ArgumentError(f"{sampling} has no effect on greedy decoding; give do_sample=True, or leave it out")
+    choose = chooser(sampling if do_sample else None, seed)
+    stop = _stop_words(config.eos_token_id if eos_token_id is None else eos_token_id)
     fill = config.pad_token_id if pad_token_id is None else pad_token_id
     text = _Text(
         input_ids,
@@ -157,7 +164,8 @@ def generate(
         output = model(
             text.words[:, seen:],
             attention_mask=text.mask,
-            position_ids=_positions(text.mask)[:, seen:],
+            token_type_ids=_types(token_type_ids, text.words)[:, seen:],
+            position_ids=None if config.shape.is_relative else _positions(text.mask)[:, seen:],
             past_key_values=cache,
             use_cache=use_cache,
             logits_to_keep=1,
@@ -183,15 +191,37 @@ def _end(length: int, max_length: int | None, max_new_tokens: int | None, positi
     return end
 
 
+def _stop_words(given: int | Sequence[int] | None) -> Tensor:
+    """``[words]`` int64, any of which ends a sample."""
+    words = () if given is None else (given,) if isinstance(given, int) else given
+    return torch.tensor(words, dtype=torch.long)
+
+
+def _check_prompt(input_ids: Tensor, mask: Tensor | None) -> None:
+    if input_ids.dim() != 2 or 0 in input_ids.shape or (mask is not None and mask.shape != input_ids.shape):
+        told = "" if mask is None else f", and attention_mask {tuple(mask.shape)}"
+        raise ArgumentError(
+            f"the prompt has the shape {tuple(input_ids.shape)}{told}; give [batch, sequence], one word at least, "
+            "and a mask of that shape"
+        )
+
+
+def _types(given: Tensor | None, words: Tensor) -> Tensor:
+    """Segment of each word; what comes after the prompt belongs to its last segment, as in `transformers`."""
+    if given is None:
+        return torch.zeros_like(words)
+    return torch.cat([given, given[:, -1:].expand(-1, words.shape[1] - given.shape[1])], 1)
+
+
 def _positions(mask: Tensor) -> Tensor:
     """Position of each word among the real ones; padding before them is at 0."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def _longer(text: _Text, chosen: Tensor, *, stop: int | None, fill: int) -> _Text:
+def _longer(text: _Text, chosen: Tensor, *, stop: Tensor, fill: int) -> _Text:
     """One word more; samples that have ended get ``fill``, which nobody looks at."""
     words = torch.where(text.goes_on, chosen, fill)
-    goes_on = text.goes_on if stop is None else text.goes_on & (words != stop)
+    goes_on = text.goes_on & ~torch.isin(words, stop.to(words.device))
     return _Text(
         torch.cat([text.words, words[:, None]], 1),
         torch.cat([text.mask, torch.ones_like(words)[:, None]], 1),

@@ -17,20 +17,7 @@ def words_loss(head: MaskedLanguageModelHead, logits: Tensor, labels: Tensor | N
         return None
     if labels.shape != logits.shape[:-1]:
         raise ArgumentError(f"labels have the shape {tuple(labels.shape)}; it must be {tuple(logits.shape[:-1])}")
-    num_classes = head.full_shapes["bias"][0]
-    _check_labels(labels, num_classes)
-    return mean_loss(VocabularyCrossEntropy(num_classes, head.axis), logits, labels)
-
-
-def _check_labels(labels: Tensor, num_classes: int) -> None:
-    """ArgumentError for a label that no rank owns, whose loss would be of nothing; a GPU is not waited for."""
-    if labels.device.type == "cpu" and labels.numel():
-        is_wrong = (labels != IGNORED) & ((labels < 0) | (labels >= num_classes))
-        if is_wrong.any():
-            raise ArgumentError(
-                f"labels hold {int(labels[is_wrong][0])}; a label is a word from 0 to {num_classes - 1}, or "
-                f"{IGNORED} where there is none"
-            )
+    return mean_loss(VocabularyCrossEntropy(head.full_shapes["bias"][0], head.axis), logits, labels)
 
 
 def whole_vocabulary(head: MaskedLanguageModelHead, logits: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -18,16 +18,28 @@ class Output:
     Iterating gives the values, as a tuple would; in `transformers` it gives the names.
     """
 
+    BY_NAME_ALONE: ClassVar[frozenset[str]] = frozenset()
+    """Fields that have no place."""
+
     def to_tuple(self) -> tuple[Any, ...]:
-        """The fields that are not None, in order."""
-        return tuple(value for value in self._values() if value is not None)
+        """The fields that are not None, in order, those left out that `transformers` does not have."""
+        return tuple(self[name] for name in self.keys() if name not in self.BY_NAME_ALONE)
 
     def keys(self) -> list[str]:
         """Names of the fields that are not None, in order."""
-        return [each.name for each, value in zip(fields(self), self._values(), strict=True) if value is not None]
+        return [each.name for each in fields(self) if getattr(self, each.name) is not None]
 
-    def _values(self) -> list[Any]:
-        return [getattr(self, each.name) for each in fields(self)]
+    def values(self) -> list[Any]:
+        """The fields that are not None, in order."""
+        return [getattr(self, name) for name in self.keys()]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Names and fields."""
+        return list(zip(self.keys(), self.values(), strict=True))
+
+    def get(self, key: str, default: object = None) -> Any:
+        """A field by its name, or ``default`` where it is None or there is none of that name."""
+        return getattr(self, key) if key in self.keys() else default
 
     def __getitem__(self, key: int | slice | str) -> Any:
         if isinstance(key, str):
@@ -64,7 +76,9 @@ class BaseOutput(Output):
 
 @dataclass(frozen=True)
 class PreTrainingOutput(Output):
-    """Logits ``[batch, sequence, vocabulary]`` and ``[batch, 2]``; ``loss`` is the sum of the two below it."""
+    """Logits ``[batch, sequence, vocabulary]`` and ``[batch, 2]``; ``loss`` is the sum of the last two."""
+
+    BY_NAME_ALONE = frozenset({"masked_lm_loss", "next_sentence_loss"})
 
     loss: Tensor | None
     prediction_logits: Tensor

@@ -6,7 +6,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from megatron_bert_tp.family.arguments import Arguments, check_decoder, check_words, head_mask_of
+from megatron_bert_tp.family.arguments import (
+    Arguments,
+    check_decoder,
+    check_range,
+    check_states,
+    check_words,
+    head_mask_of,
+)
 from megatron_bert_tp.family.cache import KeyValueCache, cache_of
 from megatron_bert_tp.family.config import MegatronBertConfig
 from megatron_bert_tp.family.outputs import Tensors
@@ -35,22 +42,23 @@ def run_trunk(
 ) -> Passed:
     """Embeddings and all layers; ArgumentError for arguments that do not fit the model or each other."""
     shape, words = config.shape, arguments.words
+    dtype = trunk.embeddings.token_type_embeddings.weight.dtype
     num_heads = shape.num_attention_heads // axis.size
     heads = range(axis.rank * num_heads, (axis.rank + 1) * num_heads)
     past = None
+    check_states(arguments.encoder_hidden_states, words, shape.hidden_size, dtype)
     if arguments.past_key_values is not None:
         past = cache_of(
             arguments.past_key_values, num_layers=shape.num_hidden_layers, num_heads=num_heads
         )
     check_decoder(arguments, shape, past)
     first = past.get_seq_length() if past else 0
-    check_words(words, shape, past=first, dtype=trunk.embeddings.word_embeddings.weight.dtype)
-    embedded = trunk.embeddings(
-        words,
-        _token_types(arguments, words),
-        bits,
-        position_ids=_positions(arguments.position_ids, words, first),
-    )
+    check_words(words, shape, past=first, dtype=dtype)
+    token_types = _token_types(arguments, words)
+    check_range(token_types, shape.type_vocab_size, "token_type_ids")
+    positions = _positions(arguments.position_ids, words, first)
+    check_range(positions, shape.max_position_embeddings, "position_ids")
+    embedded = trunk.embeddings(words, token_types, bits, position_ids=positions)
     encoder = arguments.encoder_hidden_states
     context = Context(
         mask=self_attention_mask(

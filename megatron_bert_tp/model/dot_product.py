@@ -28,7 +28,7 @@ class _DroppedAttention(torch.autograd.Function):
         scores = torch.baddbmm(query.new_empty(()), query, key.mT, beta=0, alpha=scale)
         scores = scores.view(keep.shape)
         if mask is not None:
-            scores.add_(mask)
+            scores.add_(mask.to(scores.dtype))
         softmax = torch.softmax(scores, -1)
         dropped = scaled_mask(keep, probability, softmax.dtype).mul_(softmax)
         context = torch.bmm(dropped.flatten(0, 1), value)
@@ -58,13 +58,15 @@ def attend(packed: Tensor, mask: Tensor | None, keep: Tensor | None, probability
     """Attention of packed ``[3, batch, heads, sequence, head]`` to ``[batch, heads, sequence, head]``.
 
     ``mask`` is added to the scores ``[batch, heads, sequence, sequence]``; ``keep``, of that shape, is the mask
-    of dropout.  Without dropout torch's own attention is used: it has no way to take
-    our bits, and ours has no need to be faster than it.
+    of dropout.  Without dropout torch's own attention is used: it has no way to take our bits.
     """
     if keep is None:
         query, key, value = packed
+        mask = None if mask is None else mask.to(query.dtype)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    context: Tensor = _DroppedAttention.apply(packed, mask, keep, probability)
+    # Under autocast the forward would mix number formats that the backward, outside of it, could not.
+    with torch.autocast(packed.device.type, enabled=False):
+        context: Tensor = _DroppedAttention.apply(packed, mask, keep, probability)
     return context
 
 

@@ -1,6 +1,7 @@
 """The layers of one stage, one after another."""
 
-from typing import cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,27 @@ from megatron_bert_tp.parallel.mesh import Axis
 from megatron_bert_tp.pipeline.partition import StagePlan
 
 
+class Layers(nn.ModuleDict):
+    """Layers under their global numbers, which need not begin at 0; ``layers[3]`` is number 3, a slice several.
+
+    Iterating gives the layers, as it does in `transformers`.
+    """
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, slice):
+            return list(self.values())[key]
+        if isinstance(key, int) and key < 0:
+            return list(self.values())[key]
+        return super().__getitem__(str(key))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.values())
+
+    def keys(self) -> Any:
+        """Numbers as text."""
+        return self._modules.keys()
+
+
 class Encoder(nn.Module):
     """The layers of one stage under their global numbers, and the final LayerNorm on the last.
 
@@ -23,7 +45,7 @@ class Encoder(nn.Module):
     def __init__(self, shape: ModelShape, plan: StagePlan, *, axis: Axis, dtype: torch.dtype) -> None:
         super().__init__()
         self.is_last, self.recomputes = plan.is_last, False
-        self.layer = nn.ModuleDict(
+        self.layer = Layers(
             {str(number): Layer(shape, number, axis=axis, dtype=dtype) for number in plan.layers}
         )
         if plan.is_last:

@@ -55,7 +55,10 @@ def _of_each_query(mask: Tensor, *, queries: int, keys: int, dtype: torch.dtype)
             f"an attention mask has the shape {tuple(mask.shape)}; give [batch, keys], [batch, queries, keys] or "
             f"[batch, heads or 1, queries, keys], here with {queries} queries and {keys} keys"
         )
-    return mask.to(dtype) if mask.is_floating_point() else additive(mask.bool(), dtype)
+    if not mask.is_floating_point():
+        return additive(mask.bool(), dtype)
+    # A row of minus infinity would make its softmax nan.
+    return mask.to(dtype).clamp(min=torch.finfo(dtype).min)
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_bert_tp.errors import ArgumentError
 from megatron_bert_tp.parallel.cross_entropy import IGNORED, vocab_parallel_cross_entropy
 from megatron_bert_tp.parallel.mesh import Axis
 
@@ -32,8 +33,13 @@ class CrossEntropy:
         return (labels != IGNORED).sum()
 
     def total(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Sum of negative log likelihoods."""
+        """Sum of negative log likelihoods; ArgumentError for a label that is none of the classes."""
         rows = logits.flatten(0, -2)
+        if labels.numel() != rows.shape[0]:
+            raise ArgumentError(
+                f"labels have the shape {tuple(labels.shape)}; it must be {tuple(logits.shape[:-1])}, a class each"
+            )
+        check_classes(labels, logits.shape[-1])
         return F.cross_entropy(rows, labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
@@ -45,7 +51,8 @@ class SquaredError:
         return torch.tensor(labels.numel(), device=labels.device)
 
     def total(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Sum of squared differences."""
+        """Sum of squared differences; ArgumentError when there is not one label for each value."""
+        _check_values(logits, labels)
         return F.mse_loss(logits.flatten(), labels.flatten().to(logits.dtype), reduction="sum")
 
 
@@ -57,7 +64,8 @@ class BinaryCrossEntropy:
         return torch.tensor(labels.numel(), device=labels.device)
 
     def total(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Sum over batch and classes."""
+        """Sum over batch and classes; ArgumentError when there is not one label for each value."""
+        _check_values(logits, labels)
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
 
 
@@ -73,12 +81,35 @@ class VocabularyCrossEntropy:
         return (labels != IGNORED).sum()
 
     def total(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Sum of negative log likelihoods, equal on all ranks."""
+        """Sum of negative log likelihoods, equal on all ranks; ArgumentError for a label that is no word."""
+        check_classes(labels, self.num_classes)
         rows = logits.flatten(0, -2)
         losses, _ = vocab_parallel_cross_entropy(
             rows, labels.flatten(), num_classes=self.num_classes, axis=self.axis
         )
         return losses.sum()
+
+
+def check_classes(labels: Tensor, num_classes: int) -> None:
+    """ArgumentError for a label outside the classes; split over ranks nobody would own it.
+
+    A GPU is not waited for.
+    """
+    if labels.device.type != "cpu" or not labels.numel():
+        return
+    is_wrong = (labels != IGNORED) & ((labels < 0) | (labels >= num_classes))
+    if is_wrong.any():
+        raise ArgumentError(
+            f"labels hold {int(labels[is_wrong][0])}; a label is from 0 to {num_classes - 1}, or {IGNORED} where "
+            "there is none"
+        )
+
+
+def _check_values(logits: Tensor, labels: Tensor) -> None:
+    if labels.numel() != logits.numel() or labels.shape[0] != logits.shape[0]:
+        raise ArgumentError(
+            f"labels have the shape {tuple(labels.shape)}; it must be {tuple(logits.shape)}, one number a logit"
+        )
 
 
 def mean_loss(loss: LabelLoss, logits: Tensor, labels: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         share = logits.shape[-1]
         first = axis.rank * share
         here = max(0, min(share, num_classes - first))
-        shifted = logits.clone()
+        is_narrow = logits.dtype in (torch.float16, torch.bfloat16)
+        shifted = logits.float() if is_narrow else logits.clone()
         shifted[:, here:] = -torch.inf
         maximum = maximum_over_(shifted.amax(-1), axis)
         shifted.sub_(maximum.unsqueeze(-1))
@@ -29,6 +30,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         exponentials = shifted.exp_()
         sums = sum_over_(torch.stack([exponentials.sum(-1), target]), axis)
         is_counted = labels != IGNORED
+        ctx.dtype = logits.dtype
         ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), rows, is_here, is_counted)
         is_right = (sums[1] >= 0) & is_counted
         ctx.mark_non_differentiable(is_right)
@@ -40,7 +42,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         grad_loss = (grads[0] * is_counted).unsqueeze(-1)
         grad = softmax * grad_loss
         grad.scatter_add_(-1, rows, -grad_loss * is_here.unsqueeze(-1))
-        return grad, None, None, None
+        return grad.to(ctx.dtype), None, None, None
 
 
 def vocab_parallel_cross_entropy(

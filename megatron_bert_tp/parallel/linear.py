@@ -30,13 +30,14 @@ class _ColumnProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         grad = _flat(grads[0])
-        grad_x = grad.matmul(weight).view(x.shape)
+        # Under autocast the product, and so its gradient, has another number format than what went in.
+        grad_x = grad.matmul(weight.to(grad.dtype)).view(x.shape)
         summing = start_sum_over_(grad_x, ctx.axis)
-        grad_weight = grad.t().matmul(_flat(x))
-        grad_bias = grad.sum(0) if ctx.has_bias else None
+        grad_weight = grad.t().matmul(_flat(x).to(grad.dtype)).to(weight.dtype)
+        grad_bias = grad.sum(0).to(weight.dtype) if ctx.has_bias else None
         if summing is not None:
             summing.wait()
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None
 
 
 class _RowProduct(torch.autograd.Function):
@@ -48,13 +49,19 @@ class _RowProduct(torch.autograd.Function):
         if axis.size == 1:
             return F.linear(x, weight, bias)
         # Bias after the all-reduce: inside it, every rank would add it once.
-        return sum_over_(F.linear(x, weight), axis).add_(bias)
+        return _add_bias_(sum_over_(F.linear(x, weight), axis), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         grad = _flat(grads[0])
-        return grad.matmul(weight).view(x.shape), grad.t().matmul(_flat(x)), grad.sum(0), None
+        grad_x = grad.matmul(weight.to(grad.dtype)).view(x.shape).to(x.dtype)
+        grad_weight = grad.t().matmul(_flat(x).to(grad.dtype)).to(weight.dtype)
+        return grad_x, grad_weight, grad.sum(0).to(weight.dtype), None
+
+
+def _add_bias_(product: Tensor, bias: Tensor) -> Tensor:
+    return product.add_(bias.to(product.dtype))
 
 
 def share_of(features: int, axis: Axis, what: str) -> int:

@@ -33,6 +33,10 @@ class Axis:
         """Axis of one rank, for one process without any process group."""
         return cls(name, (0,), 0)
 
+    def __deepcopy__(self, _memo: dict[int, object]) -> "Axis":
+        """The axis itself: a communicator cannot be copied, and a copy of a model talks to the same ranks."""
+        return self
+
     @property
     def size(self) -> int:
         """Number of ranks on the axis."""

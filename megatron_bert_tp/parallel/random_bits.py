@@ -130,14 +130,17 @@ class _DropoutAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, mask: Tensor, probability: float) -> Tensor:
         ctx.save_for_backward(mask)
-        ctx.probability = probability
+        ctx.probability, ctx.dtype = probability, x.dtype
         dropped = scaled_mask(mask, probability, x.dtype).mul_(x)
-        return dropped if residual is None else dropped.add_(residual)
+        if residual is None:
+            return dropped
+        # Under autocast the residual is float32 and x is not; the sum keeps the wider format.
+        return dropped.add_(residual) if residual.dtype == x.dtype else residual + dropped
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (mask,) = ctx.saved_tensors
-        grad = scaled_mask(mask, ctx.probability, grads[0].dtype).mul_(grads[0])
+        grad = scaled_mask(mask, ctx.probability, grads[0].dtype).mul_(grads[0]).to(ctx.dtype)
         return grad, grads[0] if ctx.needs_input_grad[1] else None, None, None
 
 

@@ -172,5 +172,5 @@ def test_labels_outside_the_vocabulary_are_refused(label):
     """The rows that pad the vocabulary are no words, and no rank answers for them."""
     labels = labels_of(MASKED)["labels"].clone()
     labels[2, 2] = label
-    with pytest.raises(ArgumentError, match=f"{label}; a label is a word from 0 to {VOCABULARY - 1}"):
+    with pytest.raises(ArgumentError, match=f"{label}; a label is from 0 to {VOCABULARY - 1}"):
         make(MASKED)(**inputs_of(MASKED), labels=labels)

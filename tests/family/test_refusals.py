@@ -41,7 +41,7 @@ def decoder(**settings: Any) -> MegatronBertForCausalLM:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"input_ids": IDS + 30}, "input_ids go from 30 to 39, but the vocabulary has 37 words"),
+        ({"input_ids": IDS + 30}, "input_ids go from 30 to 39, but must be from 0 to 36; was the text"),
         ({"input_ids": -IDS}, "input_ids go from -9 to 0"),
         ({"input_ids": IDS[0]}, r"the shape \(5,\); input_ids are \[batch, sequence\]"),
         ({"input_ids": torch.zeros(1, 13, dtype=torch.long)}, "has 13 positions.*max_position_embeddings is 12"),
@@ -53,6 +53,8 @@ def decoder(**settings: Any) -> MegatronBertForCausalLM:
         ({"head_mask": torch.ones(3)}, r"head_mask has the shape \(3,\); give \[heads\].* 4 heads and 2 layers"),
         ({"head_mask": torch.ones(3, 4)}, r"head_mask has the shape \(3, 4\)"),
         ({"encoder_hidden_states": EMBEDDED}, "encoder_hidden_states is for decoders.*is_decoder=True"),
+        ({"position_ids": torch.arange(9, 14)[None]}, "position_ids go from 9 to 13, but must be from 0 to 11"),
+        ({"token_type_ids": IDS}, "token_type_ids go from 0 to 9, but must be from 0 to 1"),
         ({"use_cache": True}, "use_cache is for decoders"),
         ({"past_key_values": [[EMBEDDED[:, None]] * 2] * 2}, "has 1 heads, but this rank has 4"),
         ({"sample_numbers": (1, 2, 3)}, "sample_numbers has 3 entries for 2 samples"),
@@ -77,6 +79,19 @@ def test_a_cache_that_does_not_fit_is_told():
         model(torch.zeros(2, 10, dtype=torch.long), past_key_values=cache)
     with pytest.raises(LayoutError, match="there are 6 keys; the keys of a cache count too"):
         model(IDS[:, :1], torch.ones(2, 1), past_key_values=cache)
+
+
+def test_arguments_without_an_effect_are_told():
+    model = decoder(add_cross_attention=True, position_embedding_type="relative_key")
+    with pytest.raises(ArgumentError, match=r"position_ids have no effect with .* 'relative_key'"):
+        model(IDS, position_ids=torch.arange(5)[None])
+    with pytest.raises(ArgumentError, match="encoder_attention_mask is there without encoder_hidden_states"):
+        model(IDS, encoder_attention_mask=torch.ones(2, 4))
+    with pytest.raises(ArgumentError, match="has no effect on greedy decoding; give do_sample=True"):
+        model.generate(IDS, temperature=0.5, max_new_tokens=2)
+    for misspelled, meant in {"label": "labels", "attention_masks": "attention_mask"}.items():
+        with pytest.raises(TypeError, match=f"does not take '{misspelled}'; did you mean {meant}"):
+            model(IDS, **{misspelled: IDS})
 
 
 def test_a_decoder_without_cross_attention_has_nowhere_to_look():
@@ -131,8 +146,24 @@ def test_weights_of_other_sizes_are_told_and_can_be_drawn_anew(tmp_path):
     )
     assert model.loading_info["missing_keys"] == ["classifier.weight", "classifier.bias"]
     assert model.classifier.weight.shape == (5, 16)
-    with pytest.raises(ConfigError, match=r"no bert\.encoder\.layer\.2"):
-        MegatronBertForSequenceClassification.from_pretrained(tmp_path, num_hidden_layers=3)
+    for sizes in ({"num_hidden_layers": 3}, {"num_hidden_layers": 1}, {"num_attention_heads": 2}):
+        with pytest.raises(ConfigError, match=r"its model has num_.* [24], and [123] was|no bert\.encoder"):
+            MegatronBertForSequenceClassification.from_pretrained(tmp_path, **sizes)
+    with pytest.raises(ConfigError, match=r"word_embeddings.weight: \(37, 16\) there, \(37, 8\) asked for"):
+        MegatronBertForSequenceClassification.from_pretrained(
+            tmp_path, hidden_size=8, ignore_mismatched_sizes=True
+        )
+
+
+def test_a_folder_that_is_not_there_is_told():
+    with pytest.raises(FormatError, match=r"no such folder.*names of a hub are not looked up"):
+        MegatronBertModel.from_pretrained("nvidia/megatron-bert-uncased-345m")
+
+
+def test_settings_of_another_package_are_told():
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(ConfigError, match=r"config is a transformers\..*; give a MegatronBertConfig of this"):
+        MegatronBertModel(transformers.MegatronBertConfig(**SIZES))
 
 
 def test_cross_attention_can_be_added_to_weights_without(tmp_path):
@@ -184,6 +215,69 @@ def test_a_pipeline_has_no_way_to_send_the_states_of_an_encoder():
     shape = MegatronBertConfig(**SIZES, is_decoder=True, add_cross_attention=True).shape
     with pytest.raises(LayoutError, match="use a pipeline size of 1"):
         MegatronBertStage(shape, partition(2, 2)[0], axis=Axis.alone("tensor"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "labels", "told"),
+    [
+        ("MegatronBertForSequenceClassification", torch.tensor([0, 3]), "labels hold 3; a label is from 0 to 1"),
+        ("MegatronBertForSequenceClassification", torch.tensor([0]), r"the shape \(1,\); it must be \(2,\)"),
+        ("MegatronBertForSequenceClassification", torch.rand(1, 4), r"the shape \(1, 4\); it must be \(2, 2\)"),
+        ("MegatronBertForTokenClassification", torch.zeros(2, 4).long(), r"\(2, 4\); it must be \(2, 5\)"),
+        ("MegatronBertForMaskedLM", torch.zeros(10).long(), r"\(10,\); it must be \(2, 5\)"),
+    ],
+)
+def test_labels_that_do_not_fit_are_told(architecture, labels, told):
+    with pytest.raises(ArgumentError, match=told):
+        getattr(megatron_bert_tp, architecture)(MegatronBertConfig(**SIZES))(IDS, labels=labels)
+
+
+def test_settings_that_no_longer_fit_the_model_are_not_saved(tmp_path):
+    model = MegatronBertForSequenceClassification(MegatronBertConfig(**SIZES))
+    model.config.num_labels = 5
+    with pytest.raises(ConfigError, match=r"has the shape \(2, 16\), but the settings say \(5, 16\)"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_that_are_tied_no_more_are_told_and_not_lost(tmp_path):
+    model = megatron_bert_tp.MegatronBertForMaskedLM(MegatronBertConfig(**SIZES)).eval()
+    model.set_output_embeddings(torch.nn.Linear(16, 37))
+    with pytest.raises(ConfigError, match=r"two tensors by now; call tie_weights\(\), or set config.tie_word"):
+        model.save_pretrained(tmp_path / "out")
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "out")
+    again = megatron_bert_tp.MegatronBertForMaskedLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_labels_and_their_number_agree(tmp_path):
+    with pytest.raises(ConfigError, match="num_labels is 4, but id2label names 3"):
+        MegatronBertConfig(**SIZES, num_labels=4, id2label={0: "a", 1: "b", 2: "c"})
+    config = MegatronBertConfig(**SIZES, label2id={"a": 0, "b": 1, "c": 2})
+    assert (config.num_labels, config.id2label) == (3, {0: "a", 1: "b", 2: "c"})
+    MegatronBertForSequenceClassification(config).save_pretrained(tmp_path)
+    kept = MegatronBertConfig.from_pretrained(tmp_path, num_labels=3)
+    assert kept.id2label == {0: "a", 1: "b", 2: "c"}
+    assert MegatronBertConfig.from_pretrained(tmp_path, num_labels=5).id2label is None
+    config.id2label = {0: "a"}
+    with pytest.raises(ConfigError, match="num_labels is 3, but id2label names 1"):
+        config.to_dict()
+
+
+def test_sizes_and_formats_can_be_given_as_text(tmp_path):
+    model = encoder()
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    assert MegatronBertModel.from_pretrained(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="max_shard_size: '2XB' is no size"):
+        model.save_pretrained(tmp_path / "x", max_shard_size="2XB")
+    with pytest.raises(ConfigError, match="max_shard_size is 0"):
+        model.save_pretrained(tmp_path / "x", max_shard_size=0)
+    with pytest.raises(ConfigError, match="dtype is int8, which is no number format"):
+        MegatronBertModel.from_pretrained(tmp_path, dtype="int8")
+    with pytest.raises(ConfigError, match="no setting 'torch_dtype'; did you mean dtype"):
+        MegatronBertModel.from_pretrained(tmp_path, torch_dtype=torch.float16)
 
 
 def refused_on_a_rank(folder: str) -> list[str]:
