@@ -73,6 +73,20 @@ class _Text:
     goes_on: Tensor
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What one call of `generate` comes down to: ``end`` words in all, ``stop`` words ``[any]``."""
+
+    end: int
+    choose: Callable[[Tensor], Tensor]
+    stop: Tensor
+    fill: int
+    use_cache: bool
+    token_types: Tensor | None
+    encoder_hidden_states: Tensor | None
+    encoder_attention_mask: Tensor | None
+
+
 def kept_words(logits: Tensor, sampling: Sampling) -> Tensor:
     """Logits ``[batch, vocabulary]`` after the temperature, those of words that are out at minus infinity.
 
@@ -140,41 +154,53 @@ def generate(
     from ``seed``.  The cache changes the speed and not the words.  ArgumentError for settings that cannot be.
     """
     config = model.config
-    if not config.is_decoder:
-        raise ArgumentError("generate() needs a decoder: make the model with is_decoder=True")
-    if model.training:
-        raise ArgumentError("generate() would drop activations at random; call eval() on the model first")
+    _check_model(model)
     _check_prompt(input_ids, attention_mask)
-    end = _end(input_ids.shape[1], max_length, max_new_tokens, config.max_position_embeddings)
     sampling = Sampling(temperature, top_k, top_p)
     if not do_sample and sampling != Sampling():
         raise ArgumentError(f"{sampling} has no effect on greedy decoding; give do_sample=True, or leave it out")
-    choose = chooser(sampling if do_sample else None, seed)
-    stop = _stop_words(config.eos_token_id if eos_token_id is None else eos_token_id)
-    fill = config.pad_token_id if pad_token_id is None else pad_token_id
-    text = _Text(
-        input_ids,
-        torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype),
-        torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device),
+    plan = _Plan(
+        end=_end(input_ids.shape[1], max_length, max_new_tokens, config.max_position_embeddings),
+        choose=chooser(sampling if do_sample else None, seed),
+        stop=_stop_words(config.eos_token_id if eos_token_id is None else eos_token_id),
+        fill=config.pad_token_id if pad_token_id is None else pad_token_id,
+        use_cache=use_cache,
+        token_types=token_type_ids,
+        encoder_hidden_states=encoder_hidden_states,
+        encoder_attention_mask=encoder_attention_mask,
     )
-    encoder = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
+    goes_on = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    return _continued(model, _Text(input_ids, mask, goes_on), plan).words
+
+
+def _continued(model: CausalModel, text: _Text, plan: _Plan) -> _Text:
+    """One word after another, of which only the new ones go through the model where there is a cache."""
     cache = None
-    while text.words.shape[1] < end and text.goes_on.any():
+    while text.words.shape[1] < plan.end and text.goes_on.any():
         seen = cache.get_seq_length() if cache is not None else 0
         output = model(
             text.words[:, seen:],
             attention_mask=text.mask,
-            token_type_ids=_types(token_type_ids, text.words)[:, seen:],
-            position_ids=None if config.shape.is_relative else _positions(text.mask)[:, seen:],
+            token_type_ids=_types(plan.token_types, text.words)[:, seen:],
+            position_ids=None if model.config.shape.is_relative else _positions(text.mask)[:, seen:],
             past_key_values=cache,
-            use_cache=use_cache,
+            use_cache=plan.use_cache,
             logits_to_keep=1,
             return_dict=True,
-            **encoder,
+            encoder_hidden_states=plan.encoder_hidden_states,
+            encoder_attention_mask=plan.encoder_attention_mask,
         )
         cache = output.past_key_values
-        text = _longer(text, choose(output.logits[:, -1]), stop=stop, fill=fill)
-    return text.words
+        text = _longer(text, plan.choose(output.logits[:, -1]), stop=plan.stop, fill=plan.fill)
+    return text
+
+
+def _check_model(model: CausalModel) -> None:
+    if not model.config.is_decoder:
+        raise ArgumentError("generate() needs a decoder: make the model with is_decoder=True")
+    if model.training:
+        raise ArgumentError("generate() would drop activations at random; call eval() on the model first")
 
 
 def _end(length: int, max_length: int | None, max_new_tokens: int | None, positions: int) -> int:

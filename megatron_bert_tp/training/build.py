@@ -13,7 +13,10 @@ from megatron_bert_tp.checkpoint.model import check_model
 from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.schema import Config, ModelConfig
-from megatron_bert_tp.formats.weights import open_weights
+from megatron_bert_tp.data.tokenizer import Tokenizer
+from megatron_bert_tp.errors import DataError
+from megatron_bert_tp.formats.tokenizer_files import LIBRARY, VOCABULARY
+from megatron_bert_tp.formats.weights import ModelSource, open_weights
 from megatron_bert_tp.model.initialisation import initialise_
 from megatron_bert_tp.model.shape import ModelShape, tensor_shapes
 from megatron_bert_tp.model.stage import MegatronBertStage
@@ -148,8 +151,24 @@ def _fill_(
         load_parts_(stage.parts(), checkpoint.weight)
     elif config.model.weights is not None:
         load_parts_(stage.parts(), open_weights(Path(config.model.weights), stage.shape, verify=verify))
+        if verify:
+            _check_vocabulary(Path(config.model.weights), Path(config.data.tokenizer))
     else:
         initialise_(stage, seed=config.optimizer.seed)
+
+
+def _check_vocabulary(weights: Path, tokenizer: Path) -> None:
+    """DataError when the weights come with another vocabulary than that of the run: a row is the word of an id."""
+    files = ModelSource.open(weights).tokenizer_files
+    own = next((files[name] for name in (LIBRARY, VOCABULARY) if name in files), None)
+    if own is None:
+        return
+    theirs, ours = (Tokenizer.load(path, True).vocabulary.entries for path in (own, tokenizer))
+    if theirs != ours:
+        raise DataError(
+            f"{tokenizer} has {len(ours)} entries that are not the {len(theirs)} of {own}, with which the weights "
+            f"of {weights} were trained; set data.tokenizer={own} and make the corpus with it"
+        )
 
 
 def _pace(config: Config) -> Pace:
@@ -186,7 +205,10 @@ def _opening(
 ) -> str:
     parallel, mesh = config.parallel, trainer.mesh
     layers = ", ".join(str(len(plan.layers)) for plan in stage_plans(config))
-    start = f"goes on from {checkpoint.directory}, step {checkpoint.step}" if checkpoint else "starts at step 0"
+    weights = f" from the weights of {config.model.weights}" if config.model.weights else ""
+    start = f"starts at step 0{weights}"
+    if checkpoint:
+        start = f"goes on from {checkpoint.directory}, step {checkpoint.step}"
     changed = changed_settings(checkpoint, config) if checkpoint else []
     start += "".join(f"\nchanged since then: {change}" for change in changed)
     if trainer.steps_done >= config.optimizer.steps:

@@ -18,15 +18,18 @@ from megatron_bert_tp.parallel.mesh import MeshShape, ParallelMesh
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
-def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """The device of this process: ``auto`` is a GPU where torch sees one; the GPU number is the local rank."""
+def choose_device(wanted: str, local_rank: int, *, option: str = "run.device") -> torch.device:
+    """The device of this process: ``auto`` is a GPU where torch sees one; the GPU number is the local rank.
+
+    ``option`` is the name under which the user gives ``wanted``.
+    """
     has_gpu = torch.cuda.is_available()
     if wanted == "cpu" or (wanted == "auto" and not has_gpu):
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise LayoutError(
-            f"run.device is {wanted}, but local rank {local_rank} has no GPU of its own (torch sees "
-            f"{torch.cuda.device_count()}); start as many processes as GPUs, or set run.device=cpu"
+            f"{option} is {wanted}, but local rank {local_rank} has no GPU of its own (torch sees "
+            f"{torch.cuda.device_count()}); start as many processes as GPUs, or set {option}=cpu"
         )
     return torch.device("cuda", local_rank)
 

@@ -49,6 +49,18 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(data, finished_run, tmp_path
     assert without_times(records(tmp_path / "run", "step")) == without_times(records(finished_run, "step"))
 
 
+def test_weights_of_another_vocabulary_are_refused(data, finished_run, tmp_path):
+    """Of the same size and kind, so that nothing else would tell."""
+    succeeded(start("megatron_bert_tp.convert", "to-hf", finished_run, tmp_path / "exported"))
+    (tmp_path / "exported" / "tokenizer.json").unlink()
+    entries = (tmp_path / "exported" / "vocab.txt").read_text().replace("w7\n", "other\n")
+    (tmp_path / "exported" / "vocab.txt").write_text(entries)
+    done = pretrain(data, f"run.directory={tmp_path}/run", f"model.weights={tmp_path}/exported")
+    assert done.returncode == 2
+    assert "entries that are not the 99 of" in done.stderr
+    assert f"set data.tokenizer={tmp_path}/exported/vocab.txt" in done.stderr
+
+
 def test_a_run_starts_from_the_weights_of_a_hugging_face_directory(data, finished_run, tmp_path):
     succeeded(start("megatron_bert_tp.convert", "to-hf", finished_run, tmp_path / "exported"))
     paths = [f"run.directory={tmp_path}/run", f"model.weights={tmp_path}/exported"]
