@@ -1,7 +1,6 @@
 """What the nine classes share: one stage of all layers, its weights, files and embeddings."""
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
@@ -15,10 +14,12 @@ from megatron_bert_tp.checkpoint.load import load_parts_
 from megatron_bert_tp.checkpoint.read import Reader
 from megatron_bert_tp.errors import ArgumentError, ConfigError, LayoutError, MegatronBertError
 from megatron_bert_tp.family.arguments import Arguments
+from megatron_bert_tp.family.clipping import clip_
 from megatron_bert_tp.family.config import MegatronBertConfig
 from megatron_bert_tp.family.files import (
     WORDS,
     agreed,
+    check_sizes,
     dtype_named,
     gather_whole,
     open_pretrained,
@@ -29,13 +30,19 @@ from megatron_bert_tp.family.files import (
 )
 from megatron_bert_tp.family.outputs import Output
 from megatron_bert_tp.family.passes import Passed, run_trunk
-from megatron_bert_tp.family.vocabulary import embedding_of, make_rows_, resized_rows, set_projection_
-from megatron_bert_tp.formats.huggingface import BIAS, DECODER_BIAS, DECODER_WEIGHT
+from megatron_bert_tp.family.vocabulary import (
+    embedding_of,
+    make_rows_,
+    name_decoder_bias,
+    resized_rows,
+    set_projection_,
+    take_decoder_bias,
+)
+from megatron_bert_tp.formats.huggingface import BIAS, DECODER_WEIGHT
 from megatron_bert_tp.model.heads import LanguageHeads, MaskedLanguageModelHead, classify
 from megatron_bert_tp.model.initialisation import initialise_
-from megatron_bert_tp.model.shape import Head, tensor_shapes, tied_names
+from megatron_bert_tp.model.shape import Head, tied_names
 from megatron_bert_tp.model.stage import MegatronBertStage, Trunk
-from megatron_bert_tp.parallel.collectives import sum_over_
 from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.parallel.random_bits import RandomBits
 from megatron_bert_tp.parallel.sharding import Part, parts
@@ -98,8 +105,8 @@ class PretrainedModel(nn.Module):
         self.tie_weights()
         if config.shape.is_relative:  # nothing reads them; DistributedDataParallel would wait for their gradient
             self.trunk.embeddings.position_embeddings.weight.requires_grad_(False)
-        self.register_state_dict_post_hook(_name_decoder_bias)
-        self.register_load_state_dict_pre_hook(_take_decoder_bias)
+        self.register_state_dict_post_hook(name_decoder_bias)
+        self.register_load_state_dict_pre_hook(take_decoder_bias)
 
     @classmethod
     def from_pretrained(
@@ -150,7 +157,7 @@ class PretrainedModel(nn.Module):
         axis, failure = self.mesh.tensor, None
         if not self.mesh.data.is_first:
             return
-        self._check_sizes()
+        check_sizes(self.parts(), self.config, self.head)
         most = None if max_shard_size is None else shard_bytes(max_shard_size)
         wholes = whole_tensors(self.parts(), axis)
         try:
@@ -215,14 +222,7 @@ class PretrainedModel(nn.Module):
         The norm is that of the whole model, equal on all tensor ranks, which must all call it.  torch's own
         function would see this rank's share alone and let replicated weights drift apart.
         """
-        counted = [part for part in self.parts() if part.is_counted_here and part.parameter.grad is not None]
-        squares = [part.view(cast(Tensor, part.parameter.grad)).double().square().sum() for part in counted]
-        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
-        norm = math.sqrt(sum_over_(total, self.mesh.tensor).item())
-        if norm > max_norm:
-            gradients = [each.grad for each in self.parameters() if each.grad is not None]
-            torch._foreach_mul_(gradients, max_norm / norm)
-        return norm
+        return clip_(self.parts(), self.mesh.tensor, max_norm)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, object] | None = None
@@ -299,16 +299,6 @@ class PretrainedModel(nn.Module):
             resize_(self, num_rows, deviation=None if mean_resizing else self.config.initializer_range)
         return self.get_input_embeddings()
 
-    def _check_sizes(self) -> None:
-        """ConfigError when the settings were changed to those of another model after this one was built."""
-        wanted = tensor_shapes(self.config.shape, self.head)
-        for part in self.parts():
-            if part.alias_of is None and wanted.get(part.name) != part.shape:
-                raise ConfigError(
-                    f"{part.name} has the shape {part.shape}, but the settings say {wanted.get(part.name)} by "
-                    "now; set config back to the numbers of the model, or build a new one"
-                )
-
     def encode(self, arguments: Arguments) -> Passed:
         """Embeddings and all layers; in training with dropout."""
         bits = RandomBits(self.seed, self._sample_numbers(arguments)) if self.training else None
@@ -353,15 +343,3 @@ def resize_(model: PretrainedModel, num_rows: int, *, deviation: float | None) -
     model.tie_weights()
     changed = [part for part in model.parts() if part.source in (WORDS, DECODER_WEIGHT, BIAS)]
     load_parts_(changed, reader_of(wholes))
-
-
-def _name_decoder_bias(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
-    """`state_dict` hook: the bias under its second name too, as `transformers` has it."""
-    if prefix + BIAS in state:
-        state[prefix + DECODER_BIAS] = state[prefix + BIAS]
-
-
-def _take_decoder_bias(_module: nn.Module, state: dict[str, Any], prefix: str, *_rest: object) -> None:
-    """`load_state_dict` hook: of two biases, the decoder's is the one that `transformers` computes with."""
-    if prefix + DECODER_BIAS in state:
-        state[prefix + BIAS] = state.pop(prefix + DECODER_BIAS)

@@ -213,6 +213,17 @@ def write_pretrained(
         raise FormatError(f"{directory / taken[0]}: exists already; remove the model there, or give another name")
 
 
+def check_sizes(parts: Sequence[Part], config: MegatronBertConfig, head: Head) -> None:
+    """ConfigError when the settings were changed to those of another model after this one was built."""
+    wanted = tensor_shapes(config.shape, head)
+    for part in parts:
+        if part.alias_of is None and wanted.get(part.name) != part.shape:
+            raise ConfigError(
+                f"{part.name} has the shape {part.shape}, but the settings say {wanted.get(part.name)} by now; "
+                "set config back to the numbers of the model, or build a new one"
+            )
+
+
 def agreed(failure: MegatronBertError | OSError | None, axis: Axis) -> None:
     """Raise on every rank of ``axis`` what the first one failed with; every rank must call it."""
     if failure is not None and axis.size == 1:

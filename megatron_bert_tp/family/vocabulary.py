@@ -1,11 +1,12 @@
 """The word embeddings of a model and its projection on the vocabulary: exchanged, tied and resized."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from megatron_bert_tp.errors import ArgumentError
+from megatron_bert_tp.formats.huggingface import BIAS, DECODER_BIAS
 from megatron_bert_tp.model.heads import MaskedLanguageModelHead
 from megatron_bert_tp.parallel.embedding import VocabParallelEmbedding
 from megatron_bert_tp.parallel.linear import VocabParallelProjection
@@ -82,3 +83,15 @@ def make_rows_(
         decoder = VocabParallelProjection(features, num_rows, axis=axis, dtype=weight.dtype)
         decoder.to(weight.device).weight.requires_grad_(head.decoder.weight.requires_grad)
         head.decoder = decoder
+
+
+def name_decoder_bias(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
+    """`state_dict` hook: the bias under its second name too, as `transformers` has it."""
+    if prefix + BIAS in state:
+        state[prefix + DECODER_BIAS] = state[prefix + BIAS]
+
+
+def take_decoder_bias(_module: nn.Module, state: dict[str, Any], prefix: str, *_rest: object) -> None:
+    """`load_state_dict` hook: of two biases, the decoder's is the one that `transformers` computes with."""
+    if prefix + DECODER_BIAS in state:
+        state[prefix + BIAS] = state.pop(prefix + DECODER_BIAS)
