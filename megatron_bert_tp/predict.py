@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     from megatron_bert_tp.training.failures import telling
     from megatron_bert_tp.training.processes import build_mesh, choose_device, process_group
 
-    device = choose_device(given.device, environment.local_rank)
+    device = choose_device(given.device, environment.local_rank, option="--device")
     with ExitStack() as stack:
         stack.enter_context(process_group(environment, device, PATIENCE))
         stack.enter_context(telling(environment))
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
         if source is None:
             predictor.follow()
             return
-        sink = stack.enter_context(opened_sink(given.output, source=given.input))
+        sink = stack.enter_context(opened_sink(given.output, source=source))
         answer_stream(predictor, source, sink)
 
 

@@ -61,10 +61,10 @@ class MegatronBertConfig:
     model_type = "megatron-bert"
 
     def __post_init__(self) -> None:
-        if self.id2label is None and self.label2id is not None:
+        if self.id2label is None and self.label2id:
             self.id2label = {number: name for name, number in self.label2id.items()}
         if self.id2label is not None:
-            self.id2label = {int(number): name for number, name in self.id2label.items()}
+            self.id2label = _labels(self.id2label)
             if self.num_labels == _NUM_LABELS:  # not given
                 self.num_labels = len(self.id2label)
             self._check_labels()
@@ -140,3 +140,14 @@ class MegatronBertConfig:
         """Write ``config.json`` into ``directory``, which is made if need be."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         (Path(directory) / CONFIG).write_text(self.to_json_string(), encoding="utf-8")
+
+
+def _labels(given: Mapping[int, str]) -> dict[int, str]:
+    """Names by number, which may be text as in JSON; ConfigError unless they are numbered from 0 on."""
+    try:
+        labels = {int(number): name for number, name in given.items()}
+    except (TypeError, ValueError):
+        labels = {}
+    if sorted(labels) != list(range(len(given))) or not all(isinstance(name, str) for name in labels.values()):
+        raise ConfigError(f"id2label and label2id must number names from 0 on, such as {{0: 'no', 1: 'yes'}}: {given}")
+    return labels

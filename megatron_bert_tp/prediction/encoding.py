@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import normalizers
 
 from megatron_bert_tp.checkpoint.durable import JSON, read_object
-from megatron_bert_tp.data.tokenizer import SPECIAL_TOKENS
+from megatron_bert_tp.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from megatron_bert_tp.errors import DataError, FormatError
 from megatron_bert_tp.formats.tokenizer_files import LIBRARY, SETTINGS, VOCABULARY, said_lowercase, write_tokenizer
 from megatron_bert_tp.formats.weights import ModelSource
@@ -155,6 +155,8 @@ def _settings(path: Path | None) -> Mapping[str, JSON]:
 def _library(source: ModelSource, settings: Mapping[str, JSON]) -> tokenizers.Tokenizer:
     """Tokenizer with [CLS], [SEP] and pairs, made by the one function that also makes exported files."""
     files = {name: path for name, path in source.tokenizer_files.items() if name != SETTINGS}
+    # Where the user has it: an error of the copy below would name a folder that is gone by then.
+    Tokenizer.load(files[LIBRARY] if LIBRARY in files else files[VOCABULARY], lowercase=True)
     said = said_lowercase(source.tokenizer_files)
     lowercase = source.lowercase if said is None else said
     with TemporaryDirectory(prefix="tokenizer-") as folder:

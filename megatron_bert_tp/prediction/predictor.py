@@ -1,13 +1,14 @@
 """A task on a model: samples in, records out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from megatron_bert_tp.errors import ConfigError, DataError
+from megatron_bert_tp.checkpoint.durable import JSON
+from megatron_bert_tp.errors import ConfigError, DataError, FormatError
 from megatron_bert_tp.family import models
 from megatron_bert_tp.family.base import PretrainedModel
 from megatron_bert_tp.family.config import MegatronBertConfig
@@ -69,6 +70,7 @@ class Predictor:
                 f"{path}: {task} needs a {TASKS[task].classes[0]}, and this is a {architecture}, which can do "
                 f"{', '.join(tasks_of(architecture))}; choose one of these, or train the other class first"
             )
+        _check_labels(source.settings.get("id2label"), path)
         encoder = open_encoder(source, path)
         model = _load(source, mesh=mesh, device=device or torch.device("cpu"), dtype=dtype)
         setup = Setup(
@@ -142,6 +144,22 @@ def _load(
     )
     made.to(device).tie_weights()
     return made.eval()
+
+
+def _check_labels(labels: JSON, path: Path) -> None:
+    """FormatError for an ``id2label`` whose names cannot be told, or whose keys are no numbers."""
+    if not labels:
+        return
+    if not isinstance(labels, Mapping) or not all(map(_is_label, labels.keys(), labels.values())):
+        raise FormatError(
+            f'{path}: id2label of config.json must name every label by its number, such as {{"0": "O"}}; mend it, '
+            "or remove it to have LABEL_0, LABEL_1, ..."
+        )
+
+
+def _is_label(number: str, name: JSON) -> bool:
+    is_text = isinstance(name, str) and name == name.encode("utf-8", "ignore").decode("utf-8")
+    return is_text and number.isascii() and number.isdecimal()
 
 
 def _labels(config: MegatronBertConfig) -> tuple[str, ...]:

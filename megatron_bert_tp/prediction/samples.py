@@ -1,14 +1,18 @@
 """Lines of the input, read: text, two columns, or a JSON object."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 from megatron_bert_tp.checkpoint.durable import JSON
 from megatron_bert_tp.errors import DataError
 
+LONGEST_LINE = 10**6
+"""Bytes of the longest line that is read: far more than a model of any size reads of a text."""
 _ID = "id"
+_LONGEST_SHOWN = 60  # characters of a key in an error
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class LineFormat:
 
 def read_line(line: bytes, form: LineFormat) -> Sample:
     """Sample of one line without its end; DataError when it is not what ``form`` says."""
+    if len(line) > LONGEST_LINE:
+        raise DataError(f"the line has more than {LONGEST_LINE} bytes; give the text in several lines")
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -67,7 +73,9 @@ def read_line(line: bytes, form: LineFormat) -> Sample:
 
 def _from_json(text: str, form: LineFormat) -> Sample:
     try:
-        values = json.loads(text)
+        values = json.loads(
+            text, parse_constant=_refused, parse_float=_finite, object_pairs_hook=_without_duplicates
+        )
     except (ValueError, RecursionError) as error:
         raise DataError(f"the line begins like JSON and is none ({error}); give {form}") from error
     _check_keys(values, form)
@@ -77,7 +85,41 @@ def _from_json(text: str, form: LineFormat) -> Sample:
         raise DataError(f"a value has the wrong type; give {form}")
     if not all(isinstance(partner, str) for partner in partners):
         raise DataError(f"a value of {form.second!r} is no text; give {form}")
+    _check_id(values.get(_ID))
     return _checked(Sample(first, tuple(partners), values.get(_ID)), form)
+
+
+def _refused(number: str) -> float:
+    raise DataError(f"{_shown(number)} cannot be written as a number of JSON; give a finite number, or a text")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refused(text)
+
+
+def _without_duplicates(pairs: Sequence[tuple[str, JSON]]) -> dict[str, JSON]:
+    values: dict[str, JSON] = {}
+    for name, value in pairs:
+        if name in values:
+            raise DataError(f"the key {_shown(name)} is there twice; leave one of them out")
+        values[name] = value
+    return values
+
+
+def _check_id(value: JSON) -> None:
+    """DataError for an ``id`` that could be read but not be written again."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"the value of {_ID!r} has half of a surrogate pair; give whole characters") from error
+    except RecursionError as error:
+        raise DataError(f"the value of {_ID!r} is nested too deeply; give a number or a text") from error
+
+
+def _shown(name: str) -> str:
+    """In quotes, and cut where it is long: whoever reads an error needs no megabytes."""
+    return repr(name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}...")
 
 
 def _check_keys(values: Mapping[str, JSON], form: LineFormat) -> None:
@@ -86,7 +128,7 @@ def _check_keys(values: Mapping[str, JSON], form: LineFormat) -> None:
         if name not in known:
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"give {form}"
-            raise DataError(f"the key {name!r} is not known; {hint}")
+            raise DataError(f"the key {_shown(name)} is not known; {hint}")
     needed = known[:1] if form.is_optional else known[:-1]
     for name in needed:
         if name not in values:

@@ -14,8 +14,11 @@ from typing import BinaryIO
 from megatron_bert_tp.errors import ConfigError, DataError
 from megatron_bert_tp.prediction.answers import Record
 from megatron_bert_tp.prediction.predictor import Predictor, Question
+from megatron_bert_tp.prediction.samples import LONGEST_LINE
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MOST_READ = LONGEST_LINE + len(_BYTE_ORDER_MARK) + len(b"\r\n") + 1
+"""Bytes of a line after which it is too long, whatever of them is no content."""
 
 
 def answer_stream(predictor: Predictor, source: BinaryIO, sink: FileIO) -> None:
@@ -58,8 +61,13 @@ def is_failure(record: Record) -> bool:
 
 
 def lines_of(source: BinaryIO) -> Iterator[bytes]:
-    """Lines without their ends and without a byte order mark."""
-    for number, line in enumerate(source):
+    """Lines without their ends and without a byte order mark.
+
+    Of one that is too long to be answered only the beginning, more than `LONGEST_LINE` bytes, is kept.
+    """
+    for number, line in enumerate(iter(lambda: source.readline(_MOST_READ), b"")):
+        if len(line) == _MOST_READ:
+            _skip_to_line_end(line, source)
         content = line.removesuffix(b"\n").removesuffix(b"\r")
         yield content if number else content.removeprefix(_BYTE_ORDER_MARK)
 
@@ -77,6 +85,8 @@ def window_size(predictor: Predictor, source: BinaryIO) -> int:
 def opened_source(path: Path | None) -> Iterator[BinaryIO]:
     """Context manager of the file to read, or of the standard input."""
     if path is None:
+        if sys.stdin is None:
+            raise ConfigError("the standard input is closed; give --input, or lines by a pipe")
         yield sys.stdin.buffer
         return
     with path.open("rb") as source:
@@ -84,13 +94,31 @@ def opened_source(path: Path | None) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def opened_sink(path: Path | None, *, source: Path | None) -> Iterator[FileIO]:
+def opened_sink(path: Path | None, *, source: BinaryIO) -> Iterator[FileIO]:
     """Context manager of the file to write, or of the standard output; ConfigError when it is the ``source``."""
-    if path is not None and source is not None and path.exists() and path.samefile(source):
-        raise ConfigError(f"{path}: is the input, which would be lost; give another --output")
+    if path is None and sys.stdout is None:
+        raise ConfigError("the standard output is closed; give --output")
+    target = sys.stdout.fileno() if path is None else path
+    if _is_file_of(source, target):
+        name = "the standard output" if path is None else path
+        raise ConfigError(f"{name}: is the input, which would be lost; give another --output")
     # Unbuffered: nothing is left to be written at the end, when nobody may be there to read it.
-    with open(sys.stdout.fileno() if path is None else path, "wb", buffering=0, closefd=path is not None) as sink:
+    with open(target, "wb", buffering=0, closefd=path is not None) as sink:
         yield sink
+
+
+def _is_file_of(source: BinaryIO, target: int | Path) -> bool:
+    """Whether both are one file, by whatever names and links; a terminal may well be both."""
+    try:
+        written = os.stat(target)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(written.st_mode) and os.path.samestat(os.fstat(source.fileno()), written)
+
+
+def _skip_to_line_end(line: bytes, source: BinaryIO) -> None:
+    while line and not line.endswith(b"\n"):
+        line = source.readline(_MOST_READ)
 
 
 def _asked(predictor: Predictor, line: bytes) -> Question | DataError:

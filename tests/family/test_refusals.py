@@ -260,6 +260,11 @@ def test_labels_and_their_number_agree(tmp_path):
     kept = MegatronBertConfig.from_pretrained(tmp_path, num_labels=3)
     assert kept.id2label == {0: "a", 1: "b", 2: "c"}
     assert MegatronBertConfig.from_pretrained(tmp_path, num_labels=5).id2label is None
+    for wrong in ({1: "a", 2: "b"}, {"x": "a"}, {0: 5}):
+        with pytest.raises(ConfigError, match="must number names from 0 on"):
+            MegatronBertConfig(**SIZES, id2label=wrong)
+    with pytest.raises(ConfigError, match="must number names from 0 on"):
+        MegatronBertConfig(**SIZES, label2id={"a": "b"})
     config.id2label = {0: "a"}
     with pytest.raises(ConfigError, match="num_labels is 3, but id2label names 1"):
         config.to_dict()

@@ -135,6 +135,78 @@ def test_a_pipe_gets_each_batch_before_the_next_is_asked(masked):
     assert told == "error: nobody reads the output any more; what was read is whole\n"
 
 
+def shell(line: str, *, folder: Path, model: Path) -> subprocess.CompletedProcess[str]:
+    """A command line as it is typed, in ``folder``; ``$predict`` is the fill-mask of ``model``."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "model": str(model)}
+    environment["python"] = sys.executable
+    predict_it = f'"$python" -m {MODULE} "$model" --task fill-mask'
+    return subprocess.run(
+        ["sh", "-c", line.replace("PREDICT", predict_it)],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "PREDICT --output lines.txt < lines.txt",
+        "PREDICT --input lines.txt --output link",
+        "PREDICT --output hard < lines.txt",
+        "PREDICT --input lines.txt >> lines.txt",
+        "PREDICT < lines.txt >> link",
+    ],
+)
+def test_the_input_is_never_written_over(masked, tmp_path, line):
+    given = lines_file(tmp_path, ["a [MASK]"])
+    (tmp_path / "link").symlink_to(given)
+    (tmp_path / "hard").hardlink_to(given)
+    done = shell(line, folder=tmp_path, model=masked)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is the input, which would be lost; give another --output" in done.stderr
+    assert given.read_text() == "a [MASK]\n"
+
+
+def test_an_input_that_the_shell_has_emptied_is_told(masked, tmp_path):
+    lines_file(tmp_path, ["a [MASK]"])
+    done = shell("PREDICT --input lines.txt > lines.txt", folder=tmp_path, model=masked)
+    assert done.returncode == 2
+    assert "the standard output: is the input" in done.stderr
+
+
+def test_one_device_may_be_read_and_written(masked, tmp_path):
+    done = shell("PREDICT < /dev/null > /dev/null", folder=tmp_path, model=masked)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("PREDICT <&-", "error: the standard input is closed; give --input, or lines by a pipe\n"),
+        ("PREDICT --input lines.txt >&-", "error: the standard output is closed; give --output\n"),
+        ("PREDICT < lines.txt >&-", "error: the standard output is closed; give --output\n"),
+    ],
+)
+def test_a_closed_stream_is_told(masked, tmp_path, line, told):
+    lines_file(tmp_path, ["a [MASK]"])
+    done = shell(line, folder=tmp_path, model=masked)
+    assert (done.returncode, done.stderr) == (2, told)
+
+
+def test_files_need_no_streams(masked, tmp_path):
+    lines_file(tmp_path, ["a [MASK]"])
+    done = shell("PREDICT --input lines.txt --output out <&- >&-", folder=tmp_path, model=masked)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(records_of((tmp_path / "out").read_text())) == 1
+
+
+def test_a_gpu_that_is_not_there_is_told_by_the_option(masked, capfd, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert exit_code(masked, "--task", "fill-mask", "--device", "cuda") == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: --device is cuda, but local rank 0 has no GPU of its own")
+    assert error.endswith("or set --device=cpu\n")
+
+
 def test_two_processes_give_the_answers_of_one(directory_of, tmp_path):
     directory = directory_of("MegatronBertForTokenClassification", "cased", **named(*ENTITIES))
     texts = [*TEXTS, "", LONG]

@@ -3,18 +3,21 @@
 import json
 import shutil
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import BertTokenizer
 
-from megatron_bert_tp.errors import ConfigError, FormatError
+from megatron_bert_tp.errors import ConfigError, DataError, FormatError
 from megatron_bert_tp.formats.convert import from_huggingface
 from megatron_bert_tp.model.shape import HEADS
 from megatron_bert_tp.prediction.arguments import TASKS as NAMES
 from megatron_bert_tp.prediction.batches import Batch, by_length
 from megatron_bert_tp.prediction.predictor import Predictor
+from megatron_bert_tp.prediction.samples import LONGEST_LINE
+from megatron_bert_tp.prediction.stream import lines_of
 from megatron_bert_tp.prediction.tasks import TASKS
 from tests.prediction.directories import ENTITIES, answers, make_directory, named, predict
 from tests.prediction.texts import LONG, PAIRS, TEXTS, VOCABULARIES
@@ -93,6 +96,55 @@ def test_bad_lines_stand_in_their_place_and_the_rest_is_answered(directory_of):
 def test_the_id_of_a_line_comes_back(directory_of):
     (record,) = predict(directory_of(MASKED), "fill-mask", [{"text": "[MASK]", "id": {"a": [7]}}])
     assert record["id"] == {"a": [7]}
+
+
+def test_what_cannot_be_written_again_is_an_error_of_its_line_only(directory_of):
+    bad = ["1e999", "NaN", '"\\ud800"', '{"a": [-Infinity]}']
+    lines = ["a [MASK]", *(f'{{"text": "a [MASK]", "id": {value}}}' for value in bad), "b [MASK]"]
+    found = predict(directory_of(MASKED), "fill-mask", lines)
+    assert [record.get("line") for record in found] == [None, 2, 3, 4, 5, None]
+    assert [found[0], found[5]] == predict(directory_of(MASKED), "fill-mask", [lines[0], lines[5]])
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+@pytest.mark.parametrize("mark", ["\ufeff", ""])
+def test_a_line_that_is_too_long_is_cut_and_the_next_begins_at_its_place(mark, end):
+    for longer in range(10):
+        for size in (LONGEST_LINE - 5 + longer, 3 * LONGEST_LINE + longer):
+            text = "a" * size
+            first, *others = lines_of(BytesIO(f"{mark}{text}{end}{'b' * bool(end)}".encode()))
+            assert others == ([b"b"] if end else [])
+            assert first == text.encode() if size <= LONGEST_LINE else LONGEST_LINE < len(first) < LONGEST_LINE + 9
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        '{"0": 1, "1": null}',
+        '{"0": {"a": 1}, "1": [1]}',
+        '{"0": "\\ud800", "1": "b"}',
+        '{"a": "x", "b": "y"}',
+        '["a", "b"]',
+    ],
+)
+def test_labels_that_are_no_names_are_refused(directory_of, tmp_path, labels):
+    folder = tmp_path / "model"
+    shutil.copytree(directory_of("MegatronBertForTokenClassification"), folder)
+    settings = json.loads((folder / "config.json").read_text()) | {"id2label": json.loads(labels)}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises((FormatError, ConfigError), match="id2label"):
+        Predictor.open(folder, "ner")
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json"])
+def test_a_bad_tokenizer_is_told_by_its_own_path(directory_of, tmp_path, name):
+    folder = tmp_path / "model"
+    ignored = shutil.ignore_patterns("tokenizer.json", "tokenizer_config.json")
+    shutil.copytree(directory_of(MASKED), folder, ignore=ignored)
+    (folder / name).write_text("a\na\n")
+    with pytest.raises(DataError) as caught:
+        Predictor.open(folder, "fill-mask")
+    assert str(caught.value).startswith(f"{folder / name}: ")
 
 
 def test_a_context_without_tokens_and_a_model_without_numbers_are_errors_of_the_line(directory_of):

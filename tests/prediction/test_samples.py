@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_bert_tp.errors import DataError
-from megatron_bert_tp.prediction.samples import Sample, read_line
+from megatron_bert_tp.prediction.samples import LONGEST_LINE, Sample, read_line
 from megatron_bert_tp.prediction.tasks import TASKS
 
 ANSWERING, CHOICE = "question-answering", "multiple-choice"
@@ -44,6 +44,18 @@ def test_a_line_is_read(task, line, sample):
         ("fill-mask", '{"text": "\\ud800"}', "half of a surrogate pair"),
         ("fill-mask", '{"txt": "a"}', "the key 'txt' is not known; did you mean 'text'?"),
         ("fill-mask", "{}", "the key 'text' is missing"),
+        ("fill-mask", '{"text": "a", "id": 1e999}', "'1e999' cannot be written as a number of JSON"),
+        ("fill-mask", '{"text": "a", "id": [-1e999]}', "'-1e999' cannot be written"),
+        ("fill-mask", '{"text": "a", "id": NaN}', "'NaN' cannot be written"),
+        ("fill-mask", '{"text": "a", "id": {"b": -Infinity}}', "'-Infinity' cannot be written"),
+        ("fill-mask", '{"text": "a", "id": "\\ud800"}', "the value of 'id' has half of a surrogate pair"),
+        ("fill-mask", '{"text": "a", "id": [{"\\udfff": 1}]}', "the value of 'id' has half of a surrogate pair"),
+        ("fill-mask", '{"text": "a", "text": "b"}', "the key 'text' is there twice; leave one of them out"),
+        ("fill-mask", '{"text": "a", "id": {"b": 1, "b": 1}}', "the key 'b' is there twice"),
+        ("fill-mask", '{"text": "a", "id": ' + "9" * 5000 + "}", "the line begins like JSON and is none"),
+        ("fill-mask", "a" * (LONGEST_LINE + 1), "the line has more than 1000000 bytes"),
+        (ANSWERING, '{"question": "a", "context": "\\ud800"}', "half of a surrogate pair"),
+        (CHOICE, '{"prompt": "a", "choices": ["b", "\\ud800"]}', "half of a surrogate pair"),
         ("ner", '{"text": "a", "text_pair": "b"}', "the key 'text_pair' is not known"),
         ("next-sentence", "alone", "the line has 1 column; give two texts with a tab between them or {"),
         ("next-sentence", "a\tb\tc", "the line has 3 columns"),
@@ -72,3 +84,14 @@ def test_what_an_error_proposes_is_read(task):
     proposed = str(form).rpartition(" or ")[2]
     assert read_line(proposed.encode(), form).text == "..."
     assert set(json.loads(proposed)) == {form.first, form.second} - {None}
+
+
+def test_the_longest_line_is_read_and_a_long_key_is_not_echoed():
+    form = TASKS["ner"].form
+    assert len(read_line(b"a" * LONGEST_LINE, form).text) == LONGEST_LINE
+    key, digits = "k" * (LONGEST_LINE // 3), "9" * (LONGEST_LINE // 2)
+    lines = [f'{{"{key}": 1}}', f'{{"text": "a", "id": {{"{key}": 1, "{key}": 2}}}}', f'{{"id": 1e{digits}}}']
+    for line in lines:
+        with pytest.raises(DataError) as caught:
+            read_line(line.encode(), form)
+        assert len(str(caught.value)) < 200
