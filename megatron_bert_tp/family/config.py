@@ -149,5 +149,5 @@ def _labels(given: Mapping[int, str]) -> dict[int, str]:
     except (TypeError, ValueError):
         labels = {}
     if sorted(labels) != list(range(len(given))) or not all(isinstance(name, str) for name in labels.values()):
-        raise ConfigError(f"id2label and label2id must number names from 0 on, such as {{0: 'no', 1: 'yes'}}: {given}")
+        raise ConfigError(f"id2label and label2id must number names from 0 on, as {{0: 'no', 1: 'yes'}}: {given}")
     return labels
