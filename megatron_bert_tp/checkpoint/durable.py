@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TypeAlias
 
@@ -60,9 +61,22 @@ def no_room(path: Path, need: int, error: Exception) -> str:
     )
 
 
+def printable(name: str) -> str:
+    """A name from a file for people: characters that steer a terminal are written as in ``repr``."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in name)
+
+
 def is_basename(name: object) -> bool:
     """Whether ``name`` is the name of a file inside a directory, and no way out of it."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
+def check_regular(path: Path, error: type[MegatronBertError]) -> None:
+    """Raises ``error`` when ``path`` is something that would keep a reader waiting, or no file at all."""
+    if not path.exists() or path.is_dir():
+        raise error(f"{path}: no such file; fetch it again")
+    if not path.is_file():
+        raise error(f"{path}: is a pipe or a device, not a file; give the file itself")
 
 
 def read_object(path: Path, *, largest: int, error: type[MegatronBertError]) -> dict[str, JSON]:
@@ -73,11 +87,18 @@ def read_object(path: Path, *, largest: int, error: type[MegatronBertError]) -> 
     if size > largest:
         raise error(f"{path}: has {readable(size)}, more than the {readable(largest)} that are credible")
     try:
-        value = json.loads(path.read_bytes(), parse_constant=_refuse)
+        value = json.loads(path.read_bytes(), parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as cause:
         raise error(f"{path}: not valid JSON ({cause}); the file is damaged") from cause
     if not isinstance(value, dict):
         raise error(f"{path}: must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not isfinite(value):
+        raise ValueError(f"{text} is larger than any number can be")
     return value
 
 

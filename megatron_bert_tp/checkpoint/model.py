@@ -1,5 +1,6 @@
 """Which model a checkpoint is of, and whether that is the model of a run."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, replace
 
@@ -23,8 +24,10 @@ ARCHITECTURE = "architecture"
 _FREE = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "num_labels"}
 _KINDS: dict[object, str] = {int: "a whole number in the possible range", float: "a number", bool: "true or false"}
 _CHOICES = {"hidden_act": ACTIVATIONS, "position_embedding_type": POSITION_EMBEDDING_TYPES}
+_SHARES = {"hidden_dropout_prob", "attention_probs_dropout_prob"}  # of 1 nothing would be left
 _LARGEST = 2**31  # of any size
-_LARGEST_DEPTH = 10_000  # layers; names are listed for each before anything is compared
+# Layers and labels, whose names are listed before anything is compared.
+_MOST = {"num_hidden_layers": 10_000, "num_labels": 100_000}
 
 
 def check_model(checkpoint: Checkpoint, shape: ModelShape) -> None:
@@ -135,7 +138,7 @@ def _is_possible(name: str, value: JSON, kind: object) -> bool:
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     if kind is float:
-        return isinstance(value, int | float) and value >= 0
+        largest = 1 if name in _SHARES else sys.float_info.max
+        return isinstance(value, int | float) and 0 <= value <= largest and not (name in _SHARES and value == 1)
     smallest = 0 if name == "pad_token_id" else 1
-    largest = _LARGEST_DEPTH if name == "num_hidden_layers" else _LARGEST
-    return isinstance(value, int) and smallest <= value <= largest
+    return isinstance(value, int) and smallest <= value <= _MOST.get(name, _LARGEST)

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="OUT must not exist, or be empty. `COMMAND --help` is this text.",
         allow_abbrev=False,
     )
-    ways = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    ways = made.add_subparsers(prog=PROGRAM, dest="command", required=True, metavar="COMMAND")
     _add_from_huggingface_(ways)
     _add_to_huggingface_(ways)
     _add_from_megatron_(ways)

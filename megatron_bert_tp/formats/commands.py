@@ -9,16 +9,20 @@ import torch
 from megatron_bert_tp.data.byte_progress import ByteProgress
 from megatron_bert_tp.formats.convert import Progress, from_huggingface, to_huggingface
 from megatron_bert_tp.formats.inspect import describe
+from megatron_bert_tp.formats.recognition import check_reads
+from megatron_bert_tp.formats.tokenizer_files import judged_lowercase
 from megatron_bert_tp.formats.weights import ModelSource
 
 
 def _from_hf(given: Namespace) -> Iterator[str]:
+    check_reads(given.command, given.directory)
     with _bar("import") as progress:
         text = from_huggingface(given.directory, given.out, dtype=_dtype(given), progress=progress)
     yield text
 
 
 def _to_hf(given: Namespace) -> Iterator[str]:
+    check_reads(given.command, given.checkpoint)
     with _bar("export") as progress:
         text = to_huggingface(
             given.checkpoint,
@@ -33,6 +37,7 @@ def _to_hf(given: Namespace) -> Iterator[str]:
 def _from_ngc(given: Namespace) -> Iterator[str]:
     from megatron_bert_tp.formats.megatron.convert import from_megatron
 
+    check_reads(given.command, given.source)
     with _bar("import") as progress:
         text = from_megatron(
             given.source,
@@ -52,7 +57,11 @@ def _from_ngc(given: Namespace) -> Iterator[str]:
 def _to_ngc(given: Namespace) -> Iterator[str]:
     from megatron_bert_tp.formats.megatron.convert import to_megatron
 
+    check_reads(given.command, given.source)
     source = ModelSource.open(given.source)
+    lowercase = source.lowercase
+    if lowercase is None:
+        lowercase = judged_lowercase(source.tokenizer_files)
     with _bar("export") as progress:
         text = to_megatron(
             source.shape,
@@ -61,7 +70,7 @@ def _to_ngc(given: Namespace) -> Iterator[str]:
             given.out,
             tensor=given.tensor,
             pipeline=given.pipeline,
-            lowercase=source.lowercase,
+            lowercase=lowercase,
             dtype=_dtype(given),
             progress=progress,
         )

@@ -15,9 +15,10 @@ from megatron_bert_tp.checkpoint.save import save_whole
 from megatron_bert_tp.checkpoint.tensor_file import Content, read_in_blocks
 from megatron_bert_tp.formats.card import card_of
 from megatron_bert_tp.formats.huggingface import HuggingFaceDirectory
-from megatron_bert_tp.formats.huggingface_writer import Counter, check_free, write_directory
+from megatron_bert_tp.formats.huggingface_writer import Counter, write_directory
 from megatron_bert_tp.formats.number_formats import converting
 from megatron_bert_tp.formats.weights import HUGGINGFACE, LOWERCASE, ModelSource
+from megatron_bert_tp.formats.work_folder import check_free
 from megatron_bert_tp.model.shape import tensor_shapes
 
 __all__ = ["LOWERCASE", "from_huggingface", "to_huggingface"]

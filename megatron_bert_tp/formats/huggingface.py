@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_bert_tp.checkpoint.durable import JSON
+from megatron_bert_tp.checkpoint.durable import JSON, printable
 from megatron_bert_tp.errors import FormatError
 from megatron_bert_tp.formats.classes import head_in, internal_name, is_ignored, is_of_a_head
 from megatron_bert_tp.formats.huggingface_config import CONFIG, LABELS, HuggingFaceConfig, read_config
-from megatron_bert_tp.formats.stored_tensors import DTYPES, WEIGHTS, StoredTensor, open_tensors, weight_files
+from megatron_bert_tp.formats.stored_tensors import DTYPES, WEIGHTS, StoredTensor, open_directory
 from megatron_bert_tp.formats.tokenizer_files import TOKENIZER_FILES
 from megatron_bert_tp.model.shape import Head, ModelShape, tensor_shapes
 
@@ -54,7 +54,7 @@ class HuggingFaceDirectory:
         if not path.is_dir():
             raise FormatError(f"{path}: no such directory; give one with {CONFIG} and {WEIGHTS}")
         config = _with_labels(read_config(path / CONFIG), num_labels)
-        stored = open_tensors(weight_files(path))
+        stored = open_directory(path)
         tensors = _renamed(path, stored)
         found = head_in(tensors, config.shape, config.head)
         wanted = found if head is None else head
@@ -139,7 +139,7 @@ def _fit(
     new = tuple(name for name in lacking if may_differ and is_of_a_head(name))
     unused = tuple(name for name in surplus if may_differ and is_of_a_head(name))
     lines = [f"  missing: {name}" for name in sorted({*lacking} - {*new})]
-    lines += [f"  unexpected: {name}" for name in sorted({*surplus} - {*unused})]
+    lines += [f"  unexpected: {printable(name)}" for name in sorted({*surplus} - {*unused})]
     lines += [
         line
         for name in sorted(tensors.keys() & allowed.keys())

@@ -58,6 +58,7 @@ def read_config(path: Path) -> HuggingFaceConfig:
             "write the row of [PAD] there (0 in the vocabularies of BERT)"
         )
     values["hidden_act"] = _activation(values)
+    _check_names(path, values.get("id2label"))
     shape = parse_shape(
         {**_DEFAULTS, **values, "num_labels": _num_labels(values)}, source=str(path), error=FormatError
     )
@@ -89,6 +90,24 @@ def config_of(
         "dtype": dtype,
         **numbers,
     }
+
+
+def _check_names(path: Path, labels: JSON) -> None:
+    """FormatError unless the classes are numbered from 0 on, and their names are text."""
+    if labels is None:
+        return
+    if not isinstance(labels, Mapping):
+        raise FormatError(f"{path}: id2label must be an object of names by number, not a {type(labels).__name__}")
+    numbers = {str(number) for number in range(len(labels))}
+    wrong = [key for key in labels if key not in numbers]
+    if wrong:
+        raise FormatError(
+            f"{path}: id2label has the key {wrong[0]!r}; its {len(labels)} keys must be the whole numbers 0 to "
+            f"{len(labels) - 1}"
+        )
+    for key, name in labels.items():
+        if not isinstance(name, str):
+            raise FormatError(f"{path}: id2label names {key} {name!r}; the name of a class must be text")
 
 
 def _activation(values: Mapping[str, JSON]) -> JSON:

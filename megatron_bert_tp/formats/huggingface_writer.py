@@ -19,6 +19,7 @@ from megatron_bert_tp.formats.huggingface_config import CONFIG, config_of
 from megatron_bert_tp.formats.number_formats import converting, dtype_of
 from megatron_bert_tp.formats.stored_tensors import INDEX, WEIGHTS
 from megatron_bert_tp.formats.tokenizer_files import write_tokenizer
+from megatron_bert_tp.formats.work_folder import check_free, work_folder
 from megatron_bert_tp.model.shape import PRETRAINING, Head, ModelShape, tensor_shapes
 
 CARD = "README.md"
@@ -52,26 +53,19 @@ def write_directory(
     contents = _contents(shape, head, read, dtype)
     need = sum(content.size for content in contents)
     config = config_of(shape, head, str(contents[0].dtype).removeprefix("torch."), settings)
-    temporary = out.absolute().with_name(f"{out.absolute().name}.partial")
     try:
-        _make_empty(temporary, need)
-        (temporary / CONFIG).write_text(_text(config), encoding="utf-8")
-        if card is not None:
-            (temporary / CARD).write_text(card, encoding="utf-8")
-        if tokenizer_files:
-            write_tokenizer(temporary, tokenizer_files, lowercase=lowercase, longest=shape.max_position_embeddings)
-        _write_weights(temporary, _shards(contents, max_shard_bytes), Counter(need, progress).advance)
-        return _finish(temporary, out)
+        with work_folder(out) as folder:
+            _check_room(folder, need)
+            (folder / CONFIG).write_text(_text(config), encoding="utf-8")
+            if card is not None:
+                (folder / CARD).write_text(card, encoding="utf-8")
+            if tokenizer_files:
+                longest = shape.max_position_embeddings
+                write_tokenizer(folder, tokenizer_files, lowercase=lowercase, longest=longest)
+            _write_weights(folder, _shards(contents, max_shard_bytes), Counter(need, progress).advance)
+            return _finish(folder, out)
     except OSError as error:
         raise FormatError(no_room(out, need, error)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # it is there no more if all went well
-
-
-def check_free(out: Path) -> None:
-    """FormatError unless ``out`` does not exist, or is an empty directory."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FormatError(f"{out}: exists already and is not empty; remove it, or give another name")
 
 
 class Counter:
@@ -118,10 +112,7 @@ def _shards(contents: Sequence[Content], largest: int | None) -> list[list[Conte
     return shards
 
 
-def _make_empty(directory: Path, need: int) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)
-    directory.mkdir(parents=True)
+def _check_room(directory: Path, need: int) -> None:
     if need > shutil.disk_usage(directory).free:
         raise OSError("the disk is too full")
 

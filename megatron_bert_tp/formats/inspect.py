@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 
 from megatron_bert_tp.checkpoint.directories import POINTER
-from megatron_bert_tp.checkpoint.durable import readable
+from megatron_bert_tp.checkpoint.durable import check_regular, printable, readable
 from megatron_bert_tp.checkpoint.manifest import MANIFEST
 from megatron_bert_tp.checkpoint.model import check_tensors, head_of, shape_of
 from megatron_bert_tp.checkpoint.read import Checkpoint
@@ -23,6 +23,8 @@ from megatron_bert_tp.formats.huggingface import HuggingFaceDirectory
 from megatron_bert_tp.formats.huggingface_config import CONFIG
 from megatron_bert_tp.formats.megatron.archive import member_names, read_member
 from megatron_bert_tp.formats.megatron.rank_files import FILE, TRACKER, find_grid, grid_size
+from megatron_bert_tp.formats.megatron.wholeness import check_whole, check_whole_member
+from megatron_bert_tp.formats.recognition import is_checkpoint, is_huggingface
 from megatron_bert_tp.formats.stored_tensors import DTYPES, StoredTensor, open_tensors, weight_files
 from megatron_bert_tp.model.shape import Head, ModelShape, tensor_shapes
 
@@ -44,24 +46,15 @@ def describe(path: Path, *, list_tensors: bool = False) -> Iterator[str]:
     elif path.is_file():
         yield from _torch_or_zip_file(path)
     else:
-        raise FormatError(f"{path}: there is no such file or folder")
+        raise FormatError(f"{path}: there is no such file or folder, or it is a pipe or a device")
 
 
 def _describe_folder(path: Path, list_tensors: bool) -> Iterator[str]:
-    if (path / CONFIG).is_file():
+    if is_huggingface(path):
         return _huggingface(path, list_tensors)
-    if _is_ours(path):
+    if is_checkpoint(path):
         return _checkpoint(path, list_tensors)
     return _megatron_folder(path)
-
-
-def _is_ours(path: Path) -> bool:
-    roots = (path, path / "checkpoints")
-    return (path / MANIFEST).is_file() or any((root / POINTER).is_file() or _steps(root) for root in roots)
-
-
-def _steps(root: Path) -> list[Path]:
-    return list(root.glob(f"step_*/{MANIFEST}"))
 
 
 def _line(title: str, value: object) -> str:
@@ -149,7 +142,7 @@ def _dtype_name(tensor: StoredTensor) -> str:
 
 
 def _tensor_line(name: str, shape: tuple[int, ...], dtype: str) -> str:
-    return f"  {name}  {list(shape)}  {dtype}"
+    return f"  {printable(name)}  {list(shape)}  {printable(dtype)}"
 
 
 # Our checkpoints
@@ -208,11 +201,14 @@ def _megatron_folder(path: Path) -> Iterator[str]:
     paths = [each.relative_to(path).as_posix() for each in found]
 
     def read_text(name: str) -> str:
+        check_regular(path / name, FormatError)
         with (path / name).open(encoding="utf-8", errors="replace") as file:
             return file.read(_LARGEST_TRACKER)
 
     grid = find_grid(paths, read_text, source=str(path))
     files = list(grid.values())
+    for name in files:
+        check_whole(path / name)
     size = sum((path / name).stat().st_size for name in files)
     yield from _megatron_lines("Megatron-LM folder", files, size, layout=grid_size(grid))
 
@@ -223,10 +219,12 @@ def _torch_or_zip_file(path: Path) -> Iterator[str]:
             raise FormatError(
                 f"{path}: is no format that is known here: neither safetensors, nor a zip, nor {FILE}"
             )
+        check_whole(path)
         yield from _megatron_lines("Megatron-LM file of one rank, legacy pickle", [path.name], path.stat().st_size)
         return
     names = member_names(path)
     if any(name.rpartition("/")[2] == "data.pkl" for name in names):
+        check_whole(path)
         title = "Megatron-LM file of one rank" if path.name == FILE else "torch.save file, perhaps of Megatron-LM"
         yield from _megatron_lines(title, [path.name], path.stat().st_size)
         return
@@ -235,6 +233,8 @@ def _torch_or_zip_file(path: Path) -> Iterator[str]:
         return read_member(path, name, largest=_LARGEST_TRACKER).decode(errors="replace")
 
     grid = find_grid(names, read_text, source=str(path))
+    for name in grid.values():
+        check_whole_member(path, name)
     title = "zip of a Megatron-LM folder, as NVIDIA's megatron_bert_345m"
     yield from _megatron_lines(title, list(grid.values()), path.stat().st_size, layout=grid_size(grid))
 
@@ -250,4 +250,4 @@ def _megatron_lines(
         yield _line("layout", f"tensor {layout[0]} x pipeline {layout[1]}")
     yield _line("files", f"{len(files)}: {', '.join(files[:4])}{', ..' if len(files) > 4 else ''}")
     yield _line("bytes", readable(size))
-    yield _line("more", "is in its pickle, which is not opened here; `convert from-ngc` reads it")
+    yield _line("more", "is in its pickle, which is not unpickled here; `convert from-ngc` reads it")

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_bert_tp.checkpoint.durable import is_basename, read_object
+from megatron_bert_tp.checkpoint.durable import check_regular, is_basename, read_object
 from megatron_bert_tp.checkpoint.open_files import OpenFiles
 from megatron_bert_tp.checkpoint.tensor_file import KINDS
 from megatron_bert_tp.errors import FormatError
@@ -80,7 +80,27 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
     return found
 
 
+def open_directory(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a Hugging Face directory; FormatError when its index says another file for one, or none."""
+    files = weight_files(directory)
+    stored = open_tensors(files)
+    index = directory / (INDEX if files[0].suffix == Path(WEIGHTS).suffix else PICKLED_INDEX)
+    if directory / WEIGHTS in files or directory / PICKLED in files:
+        return stored
+    listed = _weight_map(index)
+    for name in sorted({*stored, *listed}):
+        found = stored[name].path.name if name in stored else None
+        if found != listed.get(name):
+            raise FormatError(
+                f"{index}: says that {name!r} is in {listed.get(name, 'no file')}, but it is in "
+                f"{found or 'none of the files'}; index and files are not of one model, fetch all again"
+            )
+    return stored
+
+
 def _open_safetensors(path: Path) -> safe_open:
+    if path.exists():
+        check_regular(path, FormatError)
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -120,10 +140,19 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _indexed_files(index: Path) -> list[str]:
+    return sorted(set(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """File of every tensor, as an index says it."""
     weight_map = read_object(index, largest=_LARGEST_INDEX, error=FormatError).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise FormatError(f"{index}: weight_map must say for every tensor in which file it is")
     wrong = [name for name in weight_map.values() if not is_basename(name)]
     if wrong:
         raise FormatError(f"{index}: {wrong[0]!r} is not the plain name of a file in that directory")
-    return sorted({str(name) for name in weight_map.values()})
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    strange = [name for name in weight_map.values() if not str(name).endswith(suffix)]
+    if strange:
+        raise FormatError(f"{index}: names {strange[0]!r}, but may only name files that end in {suffix}")
+    return {name: str(file) for name, file in weight_map.items()}

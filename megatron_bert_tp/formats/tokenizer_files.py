@@ -56,6 +56,17 @@ def said_lowercase(files: Mapping[str, Path]) -> bool | None:
     return said if isinstance(said, bool) else None
 
 
+def judged_lowercase(files: Mapping[str, Path]) -> bool | None:
+    """Whether the entries of a ``vocab.txt`` among tokenizer files are uncased; None when there is none.
+
+    DataError when it is no vocabulary.
+    """
+    if VOCABULARY not in files:
+        return None
+    entries = Tokenizer.load(files[VOCABULARY], lowercase=True).vocabulary.entries
+    return not any(_is_cased(entry) for entry in entries)
+
+
 def _load(directory: Path, lowercase: bool | None) -> Tokenizer:
     if (directory / LIBRARY).is_file():
         return Tokenizer.load(directory / LIBRARY, lowercase=True)

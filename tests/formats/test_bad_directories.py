@@ -182,3 +182,71 @@ def test_an_index_without_files_is_refused(saved, index):
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FormatError, match="weight_map must say"):
         HuggingFaceDirectory.open(directory)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["a", "b"], "id2label must be an object of names by number, not a list"),
+        ({"0": "a", "2": "b"}, "id2label has the key '2'; its 2 keys must be the whole numbers 0 to 1"),
+        ({"0": "a", "x": "b"}, "id2label has the key 'x'"),
+        ({"0": "a", "1": 3}, "id2label names 1 3; the name of a class must be text"),
+    ],
+)
+def test_names_of_classes_that_are_none_are_refused(directory, labels, message):
+    set_config(directory, id2label=labels)
+    with pytest.raises(FormatError, match=message):
+        HuggingFaceDirectory.open(directory)
+
+
+def test_numbers_without_end_are_refused(directory):
+    path = directory / "config.json"
+    path.write_text(path.read_text().replace('"layer_norm_eps": 1e-07', '"layer_norm_eps": 1e999'))
+    with pytest.raises(FormatError, match="1e999 is larger than any number can be"):
+        HuggingFaceDirectory.open(directory)
+
+
+@pytest.mark.parametrize(("name", "value"), [("layer_norm_eps", 10**400), ("num_labels", 100_001)])
+def test_numbers_that_are_not_credible_are_refused(directory, name, value):
+    set_config(directory, **{name: value})
+    with pytest.raises(FormatError, match=f"{name}: {value} is not"):
+        HuggingFaceDirectory.open(directory)
+
+
+def reindex(directory: Path, name: str, file: str | None) -> None:
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= {name: file}
+    if file is None:
+        del index["weight_map"][name]
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("bert.extra", "model-00001-of-{}", "'bert.extra' is in model-00001.*but it is in none of the files"),
+        ("bert.encoder.ln.bias", None, "'bert.encoder.ln.bias' is in no file, but it is in model-"),
+        (
+            "cls.predictions.bias",
+            "model-00001-of-{}",
+            "'cls.predictions.bias' is in model-00001.*but it is in model-",
+        ),
+        (EMBEDDINGS, "model.bin", "names 'model.bin', but may only name files that end in .safetensors"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_files_is_refused(saved, name, file, message):
+    directory = saved(shards=True)
+    shards = sorted(directory.glob("model-*.safetensors"))
+    reindex(directory, name, file and file.format(shards[0].name.rpartition("-")[2]))
+    with pytest.raises(FormatError, match=message):
+        HuggingFaceDirectory.open(directory)
+
+
+def test_a_pipe_in_place_of_a_shard_is_refused(saved):
+    directory = saved(shards=True)
+    shard = sorted(directory.glob("model-*.safetensors"))[0]
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(FormatError, match=f"{shard.name}: is a pipe or a device"):
+        HuggingFaceDirectory.open(directory)

@@ -105,7 +105,10 @@ def test_wrong_arguments_are_refused_with_the_usage(capsys, arguments):
     with pytest.raises(SystemExit) as raised:
         convert(*arguments)
     assert raised.value.code == 2
-    assert "usage: python -m megatron_bert_tp.convert" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "usage: python -m megatron_bert_tp.convert" in told
+    assert told.count("usage:") == 1
+    assert told.count("from-hf DIRECTORY OUT") <= 1
 
 
 def test_help_names_all_ways():
@@ -115,3 +118,27 @@ def test_help_names_all_ways():
     assert "from-hf DIRECTORY OUT" in result.stdout
     assert "to-ngc SOURCE OUT --tensor T --pipeline P" in result.stdout
     assert "inspect PATH" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "told"),
+    [
+        ("to-hf", "original", "this is a Hugging Face directory; use from-hf or to-ngc"),
+        ("from-ngc", "original", "this is a Hugging Face directory; use from-hf or to-ngc"),
+        ("from-hf", "checkpoint", "this is a checkpoint of megatron_bert_tp; use to-hf or to-ngc"),
+        ("from-ngc", "checkpoint", "this is a checkpoint of megatron_bert_tp; use to-hf or to-ngc"),
+        ("from-hf", "ngc", "this is a checkpoint of Megatron-LM; use from-ngc"),
+        ("to-ngc", "ngc", "this is a checkpoint of Megatron-LM; use from-ngc"),
+    ],
+)
+def test_a_format_that_another_command_reads_is_told_with_it(saved, tmp_path, capsys, command, given, told):
+    if given != "ngc":
+        saved("original")
+    if given == "checkpoint":
+        assert convert("from-hf", tmp_path / "original", tmp_path / "checkpoint") == 0
+    if given == "ngc":
+        (tmp_path / "ngc" / "release" / "mp_rank_00").mkdir(parents=True)
+        (tmp_path / "ngc" / "release" / "mp_rank_00" / "model_optim_rng.pt").touch()
+    options = ("--tensor", "1", "--pipeline", "1") if command == "to-ngc" else ()
+    assert convert(command, tmp_path / given, tmp_path / "out", *options) == 2
+    assert f"{tmp_path / given}: {told}" in capsys.readouterr().err

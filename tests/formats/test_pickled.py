@@ -12,6 +12,7 @@ import torch
 from megatron_bert_tp.errors import FormatError
 from megatron_bert_tp.formats.convert import from_huggingface, to_huggingface
 from megatron_bert_tp.formats.huggingface import HuggingFaceDirectory
+from megatron_bert_tp.formats.megatron.pickle_globals import stand_ins
 from megatron_bert_tp.formats.pickled import load_pickled
 from tests.formats.conftest import assert_same_bytes, save_pickled
 
@@ -127,3 +128,64 @@ def test_safetensors_come_before_a_pickle(saved):
     directory = saved()
     (directory / BINARY).write_bytes(b"never looked at")
     HuggingFaceDirectory.open(directory)
+
+
+class Calls:
+    """Pickles as a call of ``function``, and then gets a state."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self._call = (function, arguments)
+
+    def __reduce__(self):
+        return self._call
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_small_pickle_that_wants_all_memory_is_refused_by_name(tmp_path, legacy):
+    content = {"a": torch.zeros(2), "b": Calls(bytearray, 8 * 10**9)}
+    torch.save(content, tmp_path / BINARY, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(FormatError, match=r"cannot be read: .*more than tensors.*asks for builtins\.bytearray"):
+        load_pickled(tmp_path / BINARY)
+
+
+def test_a_tensor_with_a_state_of_its_own_is_refused(tmp_path):
+    value = torch.zeros(2)
+    value.detach = 3
+    torch.save({"a": value}, tmp_path / BINARY)
+    with pytest.raises(FormatError, match="_rebuild_from_type_v2"):
+        load_pickled(tmp_path / BINARY)
+
+
+@pytest.mark.parametrize("size", [1000, 10**9])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_number_that_stands_for_many_is_refused(tmp_path, size, legacy):
+    content = {"a": torch.zeros(1).expand(size)}
+    torch.save(content, tmp_path / BINARY, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(FormatError, match=f"repeats one number {size} times|speaks of {size} numbers"):
+        load_pickled(tmp_path / BINARY)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_tensors_that_overlap_beyond_the_file_are_refused_and_tied_ones_are_not(tmp_path, legacy):
+    value = torch.arange(10_000.0)
+    form = {"_use_new_zipfile_serialization": not legacy}
+    torch.save({"a": value, "b": value, "c": torch.nn.Parameter(value)}, tmp_path / BINARY, **form)
+    assert torch.equal(load_pickled(tmp_path / BINARY)["b"], value)
+    torch.save({str(first): value[first : first + 9000] for first in range(8)}, tmp_path / BINARY, **form)
+    with pytest.raises(FormatError, match="they overlap"):
+        load_pickled(tmp_path / BINARY)
+
+
+def test_a_zip_with_two_lists_of_members_is_refused(tmp_path):
+    for name, number in (("one", 1.0), ("other", 2.0)):
+        torch.save({"a": torch.full((3,), number)}, tmp_path / name)
+    path = tmp_path / BINARY
+    path.write_bytes(b"".join((tmp_path / name).read_bytes() for name in ("one", "other")))
+    with zipfile.ZipFile(path) as archive:  # Python reads the second, ...
+        record = next(name for name in archive.namelist() if name.endswith("data/0"))
+        assert archive.read(record) == torch.full((3,), 2.0).numpy().tobytes()
+    assert torch.load(path, weights_only=True)["a"][0] == 1.0  # ... torch the first
+    with pytest.raises(FormatError, match="its list of members is not where its last bytes say"):
+        load_pickled(path)
+    with pytest.raises(FormatError, match="its list of members is not where its last bytes say"):
+        stand_ins(path)

@@ -165,15 +165,15 @@ def test_what_stands_at_the_place_of_the_export_is_never_overwritten(saved, tmp_
             convert(source, tmp_path / "file")
 
 
-def test_an_empty_directory_may_be_written_to_and_leftovers_of_a_kill_do_not_matter(saved, tmp_path):
+def test_an_empty_directory_may_be_written_to_and_keeps_ordinary_permissions(saved, tmp_path):
     from_huggingface(saved(), tmp_path / "checkpoint")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "rest").write_text("of a killed export")
     to_huggingface(tmp_path / "checkpoint", tmp_path / "out")
     names = ["README.md", "config.json", "model.safetensors"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    assert not (tmp_path / "out.partial").exists()
+    (tmp_path / "ordinary").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "ordinary", "original", "out"]
 
 
 def test_the_model_of_a_directory_is_that_of_its_settings(saved):

@@ -1,9 +1,11 @@
 """`AutoTokenizer` gives, for an exported directory, the ids that the model was trained on."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 from tokenizers import models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizer
 
@@ -13,6 +15,7 @@ from megatron_bert_tp.formats.convert import from_huggingface, to_huggingface
 from megatron_bert_tp.formats.weights import ModelSource
 from tests.checkpoint.layouts import ODD, save
 from tests.formats.conftest import build
+from tests.formats.test_convert_command import convert
 
 SPECIAL = ["[PAD]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 UNCASED = [*SPECIAL, "un", "##it", "##s", "hello", "world", ",", "!", "uber", "東", "a", "##b"]
@@ -103,3 +106,13 @@ def test_settings_without_a_vocabulary_are_no_tokenizer(tmp_path):
 def test_without_any_file_the_export_says_that_it_has_no_tokenizer(tmp_path):
     save(tmp_path / "run", ODD)
     assert to_huggingface(tmp_path / "run", tmp_path / "out").endswith(", without a tokenizer")
+
+
+@pytest.mark.parametrize(("entries", "kind"), [(UNCASED, "BertWordPieceLowerCase"), (CASED, "BertWordPieceCase")])
+def test_to_ngc_judges_the_case_by_the_entries_where_nothing_says_it(saved, tmp_path, entries, kind):
+    directory = saved(type_vocab_size=2)
+    vocabulary(directory, entries)
+    assert convert("to-ngc", directory, tmp_path / "ngc", "--tensor", "1", "--pipeline", "1") == 0
+    (path,) = (tmp_path / "ngc").rglob("*.pt")
+    with torch.serialization.safe_globals([Namespace]):
+        assert torch.load(path, weights_only=True)["args"].tokenizer_type == kind

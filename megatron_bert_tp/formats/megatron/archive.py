@@ -51,6 +51,15 @@ def read_member(path: Path, name: str, *, largest: int) -> bytes:
     return content
 
 
+def ends_of_member(path: Path, name: str, *, num_bytes: int) -> tuple[bytes, bytes]:
+    """The first and the last bytes of a member, which is read through; FormatError when its checksum is wrong."""
+    with _opened(path) as archive, archive.open(name) as stream:
+        first = last = stream.read(num_bytes)
+        while chunk := stream.read(_CHUNK):
+            last = (last + chunk)[-num_bytes:]
+    return first, last
+
+
 def extract_member(path: Path, name: str, target: Path) -> None:
     """Write a member to the new file ``target``; FormatError as soon as it is longer than the zip says."""
     with _opened(path) as archive, archive.open(name) as stream, target.open("xb") as file:

@@ -1,17 +1,15 @@
 """Megatron-LM checkpoints to Hugging Face directories, and models to Megatron-LM checkpoints."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from megatron_bert_tp.checkpoint.durable import JSON, no_room, readable, sync, write_text
 from megatron_bert_tp.checkpoint.read import Reader
 from megatron_bert_tp.errors import FormatError
-from megatron_bert_tp.formats.huggingface_writer import check_free, write_directory
+from megatron_bert_tp.formats.huggingface_writer import write_directory
 from megatron_bert_tp.formats.megatron.arguments import (
     Tell,
     Wishes,
@@ -31,7 +29,8 @@ from megatron_bert_tp.formats.megatron.rank_files import FILE, RELEASE, TRACKER,
 from megatron_bert_tp.formats.megatron.source import find_files
 from megatron_bert_tp.formats.megatron.write import RankWriter
 from megatron_bert_tp.formats.number_formats import converting
-from megatron_bert_tp.formats.tokenizer_files import VOCABULARY
+from megatron_bert_tp.formats.tokenizer_files import VOCABULARY, judged_lowercase
+from megatron_bert_tp.formats.work_folder import check_free, work_folder
 from megatron_bert_tp.model.shape import Head, ModelShape
 
 Progress = Callable[[int, int], None]
@@ -59,11 +58,12 @@ def from_megatron(
     check_free(out)
     if tokenizer is not None and not tokenizer.is_file():
         raise FormatError(f"{tokenizer}: no such file; the tokenizer of a BERT is its {VOCABULARY}")
+    vocabulary = {} if tokenizer is None else {VOCABULARY: tokenizer}
+    is_uncased = judged_lowercase(vocabulary)
     wishes = Wishes(vocab_size, huggingface_epsilon, hidden_act, num_attention_heads)
     try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{out.absolute().name}.", dir=out.absolute().parent) as folder:
-            ranks = _open_ranks(source, Path(folder))
+        with work_folder(out) as folder:
+            ranks = _open_ranks(source, folder)
             arguments = agreed_arguments(list(ranks.values()))
             model = _merge(ranks, arguments, wishes, tell, source=str(source))
             rows = logical_rows(arguments, model.shape.vocab_size, wishes, tell, source=str(source))
@@ -71,9 +71,9 @@ def from_megatron(
                 out,
                 replace(model.shape, vocab_size=rows),
                 model.read,
-                {} if tokenizer is None else {VOCABULARY: tokenizer},
+                vocabulary,
                 head=model.head,
-                lowercase=is_lowercase(arguments),
+                lowercase=_case(is_lowercase(arguments), is_uncased, tell),
                 dtype=dtype,
                 progress=progress,
             )
@@ -105,19 +105,14 @@ def to_megatron(
     check_exportable(shape, head)
     check_divisible(shape, tensor=tensor, pipeline=pipeline)
     writer = RankWriter(shape, head, converting(read, dtype), tensor, pipeline, lowercase)
-    partial = out.absolute().with_name(f"{out.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed export
     try:
-        _write_ranks(writer, partial, progress)
-        size = sum(path.stat().st_size for path in partial.rglob("*.pt"))
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
-        sync(out.absolute().parent)
+        with work_folder(out) as folder:
+            _write_ranks(writer, folder, progress)
+            size = sum(path.stat().st_size for path in folder.rglob("*.pt"))
+            folder.rename(out)
+            sync(out.absolute().parent)
     except OSError as error:
         raise FormatError(f"{out}: cannot be written: {error}; free some space, or choose another") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     ranks = f"{tensor} x {pipeline} ranks (tensor x pipeline)"
     return "; ".join([f"{out}: Megatron-LM checkpoint for {ranks}, {readable(size)}", *writer.remarks()])
 
@@ -170,6 +165,19 @@ def _merge(
     if not found.types:
         tell(f"type_vocab_size 1: the file has no token types; {TOKEN_TYPES} is one row of zeros")
     return MergedModel.of(gathered, shape, order, tensor=tensor, source=source)
+
+
+def _case(said: bool | None, judged: bool | None, tell: Tell) -> bool | None:
+    """Whether the tokenizer is uncased: the entries of the vocabulary count more than the arguments."""
+    if judged is None:
+        return said
+    if said not in (None, judged):
+        kinds = {True: "uncased", False: "cased"}
+        tell(
+            f"do_lower_case {str(judged).lower()}: by its entries the vocabulary is {kinds[judged]}, although "
+            f"tokenizer_type in the file says {kinds[not judged]}; is it the one of the training?"
+        )
+    return judged
 
 
 def _size_of(source: Path) -> int:

@@ -3,6 +3,7 @@
 import zipfile
 from pathlib import Path
 
+from megatron_bert_tp.checkpoint.durable import check_regular
 from megatron_bert_tp.errors import FormatError
 from megatron_bert_tp.formats.megatron.archive import extract_member, holds, member_names, read_member
 from megatron_bert_tp.formats.megatron.isolated import PickledFile
@@ -20,8 +21,9 @@ def find_files(source: Path, folder: Path) -> dict[Place, PickledFile]:
     """
     if source.is_dir():
         return _of_directory(source)
-    if not source.is_file():
+    if not source.exists():
         raise FormatError(f"{source}: no such file or directory; give a zip, a directory or a .pt")
+    check_regular(source, FormatError)
     if not zipfile.is_zipfile(source) or holds(source, _CONTENT):
         return {(0, 0): PickledFile(str(source), source)}
     return _of_zip(source, folder)
@@ -30,6 +32,8 @@ def find_files(source: Path, folder: Path) -> dict[Place, PickledFile]:
 def _of_directory(source: Path) -> dict[Place, PickledFile]:
     paths = [path.relative_to(source).as_posix() for pattern in _PATTERNS for path in source.glob(pattern)]
     grid = find_grid(paths, lambda path: _read_start(source / path), source=str(source))
+    for path in grid.values():
+        check_regular(source / path, FormatError)
     return {place: PickledFile(str(source / path), source / path) for place, path in grid.items()}
 
 
@@ -46,5 +50,6 @@ def _of_zip(source: Path, folder: Path) -> dict[Place, PickledFile]:
 
 
 def _read_start(path: Path) -> str:
+    check_regular(path, FormatError)
     with path.open("rb") as file:
         return file.read(_LARGEST_TRACKER).decode("ascii", "replace")

@@ -48,7 +48,9 @@ class RankWriter:
 
     def remarks(self) -> list[str]:
         """What the user should know about the files."""
-        found = [] if self.lowercase is not None else [f"tokenizer_type is assumed to be {self._tokenizer_type}"]
+        found = []
+        if self.lowercase is None:
+            found.append("tokenizer_type is not written, for nothing says whether the vocabulary is uncased")
         if self.has_token_types and not self.head.has_next_sentence:
             found.append("Megatron-LM ignores the token types, for there is no binary head")
         return found
@@ -153,8 +155,11 @@ class RankWriter:
         return tensor_shapes(self.shape, self.head)
 
     @property
-    def _tokenizer_type(self) -> str:
-        return "BertWordPieceCase" if self.lowercase is False else "BertWordPieceLowerCase"
+    def _tokenizer_type(self) -> dict[str, str]:
+        """The argument that says the case; none where it is not known."""
+        if self.lowercase is None:
+            return {}
+        return {"tokenizer_type": "BertWordPieceLowerCase" if self.lowercase else "BertWordPieceCase"}
 
     def _arguments(self) -> Namespace:
         """What Megatron-LM compares with its own arguments, takes over, or reads of a checkpoint."""
@@ -187,7 +192,7 @@ class RankWriter:
             pipeline_model_parallel_size=self.pipeline,
             seq_length=positions,
             tensor_model_parallel_size=self.tensor,
-            tokenizer_type=self._tokenizer_type,
             virtual_pipeline_model_parallel_size=None,
+            **self._tokenizer_type,
             **{LOGICAL_ROWS: shape.vocab_size},
         )

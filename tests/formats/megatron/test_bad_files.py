@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_bert_tp.errors import FormatError
+from megatron_bert_tp.formats.inspect import describe
 from megatron_bert_tp.formats.megatron.convert import from_megatron
 from tests.formats.megatron import synthetic
 from tests.formats.megatron.synthetic import Kind, write
@@ -53,6 +54,30 @@ def encoder(content: dict) -> dict:
 
 
 # Files
+
+
+@pytest.mark.parametrize(("one", "other"), [("000", "003"), ("000", "001"), ("002", "003")])
+def test_swapped_stages_are_refused_by_name(make, one, other):
+    release = make(pipeline=4) / "release"
+    (release / f"mp_rank_00_{one}").rename(release / "third")
+    (release / f"mp_rank_00_{other}").rename(release / f"mp_rank_00_{one}")
+    (release / "third").rename(release / f"mp_rank_00_{other}")
+    message = refused(release.parent)
+    assert re.search(
+        rf"mp_rank_00_({one}|{other})/{FILE}: holds .*, which belongs to the (first|last) stage", message
+    )
+
+
+def test_swapped_virtual_stages_are_refused(make):
+    source = make(virtual=2)
+
+    def swap(content: dict) -> None:
+        content["model0"], content["model1"] = content["model1"], content["model0"]
+
+    message = refused(change(source, swap))
+    assert re.search(
+        r"belongs to the (first|last) stage, but this is pipeline stage 0 of 1 \(model[01]\)", message
+    )
 
 
 @pytest.mark.parametrize("kept", [0, 1, 60, 5000, -1, -400])
@@ -308,3 +333,16 @@ def test_an_unknown_version_is_refused(make, version):
 )
 def test_wishes_that_cannot_be_met_are_refused(make, wishes, message):
     assert message in refused(make(tensor=2), **wishes)
+
+
+# Pipes, which would keep a reader waiting for ever
+
+
+@pytest.mark.parametrize("name", ["latest_checkpointed_iteration.txt", f"release/mp_rank_00/{FILE}"])
+def test_a_pipe_in_place_of_a_file_is_refused(make, name):
+    source = make()
+    (source / name).unlink()
+    os.mkfifo(source / name)
+    assert f"{source / name}: is a pipe or a device, not a file" in refused(source)
+    with pytest.raises(FormatError, match="is a pipe or a device"):
+        list(describe(source))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from megatron_bert_tp.errors import FormatError
+from megatron_bert_tp.errors import DataError, FormatError
 from megatron_bert_tp.formats.megatron.convert import from_megatron
 from tests.formats.megatron import synthetic
 from tests.formats.megatron.comparison import assert_same_model, bring, load
@@ -180,14 +180,24 @@ def test_the_number_format_of_the_file_is_kept_or_changed(tmp_path, dtype):
         assert torch.equal(changed.state_dict()[name], value.float()), name
 
 
-@pytest.mark.parametrize(("kind", "lower"), [("BertWordPieceLowerCase", True), ("BertWordPieceCase", False)])
-def test_a_vocabulary_goes_along_in_the_case_of_the_training(models, tmp_path, kind, lower):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "A"]
+@pytest.mark.parametrize("kind", ["BertWordPieceLowerCase", "BertWordPieceCase", "Other"])
+@pytest.mark.parametrize(("last", "lower"), [("b", True), ("A", False)])
+def test_a_vocabulary_goes_along_in_its_own_case_and_a_contradiction_is_told(models, tmp_path, kind, last, lower):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", last]
     (tmp_path / "bert-vocab.txt").write_text("\n".join(words) + "\n")
-    arguments = {"tokenizer_type": kind}
-    config_after(models, tmp_path, Kind(arguments=arguments), tokenizer=tmp_path / "bert-vocab.txt")
+    source = write(models[True], Kind(arguments={"tokenizer_type": kind}), tmp_path / "source")
+    told: list[str] = []
+    from_megatron(source, tmp_path / "out", tokenizer=tmp_path / "bert-vocab.txt", tell=told.append)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("A a").input_ids == [2, 5 if lower else 6, 5, 3]
+    contradicts = kind == ("BertWordPieceCase" if lower else "BertWordPieceLowerCase")
+    assert any("tokenizer_type in the file says" in line for line in told) == contradicts
+
+
+def test_a_tokenizer_that_is_no_vocabulary_is_named_before_anything_is_read(tmp_path):
+    (tmp_path / "mine.txt").write_text("hello\n")
+    with pytest.raises(DataError, match=r"mine\.txt: a vocabulary must contain"):
+        from_megatron(tmp_path / "none", tmp_path / "out", tokenizer=tmp_path / "mine.txt", tell=print)
 
 
 def test_the_result_is_told(models, tmp_path):
