@@ -79,11 +79,6 @@ def open_pretrained(
     MegatronBert; ConfigError when tensors of the encoder are missing or too many, or tensors have other sizes
     than the settings say; those of a head are new instead with ``ignores_sizes``.
     """
-    if not path.exists():
-        raise FormatError(
-            f"{path}: there is no such folder; give a Hugging Face directory, a checkpoint or the folder of a run "
-            "(names of a hub are not looked up)"
-        )
     source = ModelSource.open(path)
     config = MegatronBertConfig.from_shape(source.shape, source.settings).replaced(**overrides)
     wanted, found = tensor_shapes(config.shape, head), tensor_shapes(source.shape, source.head)

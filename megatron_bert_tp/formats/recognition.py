@@ -37,6 +37,17 @@ def check_reads(command: str, path: Path) -> None:
         raise FormatError(f"{path}: this is {found[0].name}; use {' or '.join(found[0].commands)}")
 
 
+def check_model(path: Path) -> None:
+    """FormatError when ``path`` is nothing that weights are read from, with what could be there or be done."""
+    if not path.exists():
+        raise FormatError(
+            f"{path}: there is no such folder; give a Hugging Face directory, a checkpoint or the folder of a run "
+            "(names of a hub are not looked up)"
+        )
+    if is_megatron(path) and not is_checkpoint(path):
+        raise FormatError(f"{path}: this is a checkpoint of Megatron-LM; use convert from-ngc on it first")
+
+
 def _has_steps(root: Path) -> bool:
     return any(True for _ in root.glob(f"step_*/{MANIFEST}"))
 

@@ -17,6 +17,7 @@ from megatron_bert_tp.checkpoint.read import Checkpoint, Reader
 from megatron_bert_tp.errors import FormatError
 from megatron_bert_tp.formats.huggingface import HuggingFaceDirectory
 from megatron_bert_tp.formats.huggingface_config import CONFIG
+from megatron_bert_tp.formats.recognition import check_model as check_model_path
 from megatron_bert_tp.formats.tokenizer_files import TOKENIZER_FILES, said_lowercase
 from megatron_bert_tp.model.shape import PRETRAINING, Head, ModelShape
 
@@ -43,6 +44,7 @@ class ModelSource:
 
         FormatError or CheckpointError when the path holds neither.
         """
+        check_model_path(path)
         if (path / CONFIG).is_file():
             found = HuggingFaceDirectory.open(path)
             files = found.tokenizer_files
@@ -77,6 +79,7 @@ def open_weights(path: Path, shape: ModelShape, *, verify: bool) -> Reader:
     or of another class than `MegatronBertForPreTraining`.
     With ``verify`` every file of a checkpoint is compared with its SHA-256, for which one rank is enough.
     """
+    check_model_path(path)
     if not (path / CONFIG).is_file():
         checkpoint = Checkpoint.open(path)
         check_model(checkpoint, shape)
