@@ -1,5 +1,6 @@
 """What the entry points share: help, one clear message for what the user can mend, exit codes."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from megatron_bert_tp.errors import ConfigError, MegatronBertError
 
 USER_ERROR = 2
 _INTERRUPTED = 130
+_PIPE_CLOSED = 141  # as the shell has it for a process that SIGPIPE ends
 _HELP = {"-h", "--help"}
 
 
@@ -38,6 +40,9 @@ def run_command(
         return USER_ERROR
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its end
+        return _PIPE_CLOSED
 
 
 def tell_error(text: str, environment: LaunchEnvironment) -> None:

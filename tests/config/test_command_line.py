@@ -137,3 +137,18 @@ def test_bad_environment_is_one_message():
     result, _ = run_here([DEMO], RANK="abc", WORLD_SIZE="1")
     assert result.returncode == 2
     assert result.stderr.startswith("error: environment variable RANK=abc must be an integer")
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback():
+    """As in ``convert inspect RUN | head -1``."""
+    program = (
+        "import sys; from megatron_bert_tp.config.command_line import run_command\n"
+        "def main(_): print('line\\n' * 99999)\n"
+        "sys.exit(run_command(main, usage='', arguments=[]))"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.readline()
+        running.stdout.close()
+        assert running.stderr.read() == b""
+        assert running.wait(20) == 141

@@ -21,7 +21,7 @@ _CREDIBLE = 2**20  # bytes; below, any ratio is harmless
 _LARGEST_READ = 4 * 2**20  # bytes; zipfile reads the list of members at once, before it can be counted
 _CHUNK = 2**20
 _KINDS = (0, stat.S_IFREG, stat.S_IFDIR)
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError)
+UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError)
 
 
 def holds(path: Path, name: str) -> bool:
@@ -89,7 +89,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with _ShortReads(path) as file, zipfile.ZipFile(file) as archive:
             yield archive
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise FormatError(f"{path}: cannot be unpacked ({error}); the zip is damaged, fetch it again") from error
 
 

@@ -1,12 +1,11 @@
 """Whether a file is one that torch.save wrote, as far as can be told without unpickling it."""
 
 import zipfile
-import zlib
 from pathlib import Path
 
 from megatron_bert_tp.checkpoint.durable import check_regular
 from megatron_bert_tp.errors import FormatError
-from megatron_bert_tp.formats.megatron.archive import ends_of_member
+from megatron_bert_tp.formats.megatron.archive import UNREADABLE, ends_of_member
 from megatron_bert_tp.formats.megatron.pickle_globals import (
     OLD_MAGIC,
     ZIP_MAGIC,
@@ -17,7 +16,6 @@ from megatron_bert_tp.formats.megatron.pickle_globals import (
 )
 
 _END = 22  # bytes of the last record of a zip
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError)
 
 
 def check_whole(path: Path) -> None:
@@ -33,7 +31,7 @@ def check_whole(path: Path) -> None:
                 archive.read(content_record(archive))
         else:
             scan(path)
-    except (*_DAMAGED, FormatError) as error:
+    except (*UNREADABLE, FormatError) as error:
         raise FormatError(f"{path}: is no whole file of torch.save ({error}); fetch it again") from error
 
 
