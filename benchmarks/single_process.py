@@ -23,9 +23,10 @@ import torch
 
 from megatron_bert_tp.config.load import load_config
 from megatron_bert_tp.config.schema import Config
-from megatron_bert_tp.data.batches import Batch
-from megatron_bert_tp.data.preprocess import preprocess, train_tokenizer
+from megatron_bert_tp.data.batch import Batch
+from megatron_bert_tp.data.preprocess import preprocess
 from megatron_bert_tp.data.text import TextLayout
+from megatron_bert_tp.data.vocabulary_training import train_tokenizer
 from megatron_bert_tp.demo.corpus import build_corpus
 from megatron_bert_tp.demo.sources import installed_sources
 from megatron_bert_tp.model.initialisation import initial_tensor
@@ -133,12 +134,12 @@ def measure(name: str, folder: Path, *, steps: int, tuned: bool) -> dict[str, fl
 
 def package_step(config: Config) -> Step:
     """A step of this package's own trainer."""
-    texts = open_texts(config, Axis.alone("data"))
+    texts = open_texts(config, Axis.alone("data"), say=print)
     trainer = build_trainer(config, ParallelMesh.alone(), texts, device=torch.device("cpu"))
 
     def step(_number: int) -> tuple[float, int]:
         report = trainer.train_step()
-        return report.losses.loss, report.tokens
+        return report.losses.loss, report.work.tokens
 
     return step
 
@@ -160,7 +161,7 @@ def transformers_step(config: Config) -> Step:
     others = [value for name, value in model.named_parameters() if not is_decayed(name)]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, eps=1e-8, fused=True)
-    texts = open_texts(config, Axis.alone("data"))
+    texts = open_texts(config, Axis.alone("data"), say=print)
 
     def step(number: int) -> tuple[float, int]:
         batches = texts.training.take(number * config.optimizer.global_batch)

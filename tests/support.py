@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bert_tp.checkpoint.load import load_parts_
-from megatron_bert_tp.data.batches import Batch
+from megatron_bert_tp.data.batch import Batch
 from megatron_bert_tp.model.initialisation import initialise_
 from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.model.stage import MegatronBertStage

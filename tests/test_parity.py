@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_bert_tp.data.batches import Batch
+from megatron_bert_tp.data.batch import Batch
 from megatron_bert_tp.model.shape import ModelShape, tensor_shapes
 from tests.comparison import is_key_bias, join_steps, relative_errors
 from tests.support import IGNORED, ODD_SHAPE, Layout, Recipe, batches_of_step, predict

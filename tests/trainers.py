@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.load import load_config
 from megatron_bert_tp.config.schema import Config, ModelConfig
-from megatron_bert_tp.data.batches import Batch
+from megatron_bert_tp.data.batch import Batch
 from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.objectives.pretraining import Counts, Losses
 from megatron_bert_tp.training.build import build_trainer, pretrain
@@ -74,7 +74,7 @@ def configure(settings: Path, recipe: Recipe, layout: Layout, *overrides: str) -
 def trainer_of(config: Config, layout: Layout) -> Trainer:
     """New trainer of this rank over the corpus, as `pretrain` builds it."""
     mesh = build_mesh(layout)
-    return build_trainer(config, mesh, open_texts(config, mesh.data), device=CPU)
+    return build_trainer(config, mesh, open_texts(config, mesh.data, say=print), device=CPU)
 
 
 def trainer_of_made(

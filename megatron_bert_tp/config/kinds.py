@@ -35,7 +35,8 @@ def name_of(kind: object) -> str:
     if is_optional(kind):
         return f"{name_of(_inner(kind))} | null"
     if get_origin(kind) is tuple:
-        return f"{len(get_args(kind))} numbers"
+        first, *others = get_args(kind)
+        return f"{_NAMES[first]}, or a list" if others == [...] else f"{1 + len(others)} numbers"
     return " | ".join(map(str, get_args(kind)))
 
 
@@ -105,7 +106,11 @@ def _choice(value: object, choices: tuple[object, ...]) -> object:
     raise MismatchError(f"must be {listed(choices)}", f"choose {listed(choices)}")
 
 
-def _numbers(value: object, kinds: tuple[object, ...]) -> tuple[object, ...]:
+def _list(value: object, kinds: tuple[object, ...]) -> tuple[object, ...]:
+    """A list of any length (one item alone is a list of one), or of as many numbers as there are kinds."""
+    if kinds[1:] == (...,):
+        items = value if isinstance(value, list) and value else [value]
+        return tuple(convert(item, kinds[0]) for item in items)
     if not isinstance(value, list) or len(value) != len(kinds):
         raise MismatchError(f"must be a list of {len(kinds)} numbers", "write it as [96, 4, 0]")
     return tuple(convert(item, kind) for item, kind in zip(value, kinds, strict=True))
@@ -118,4 +123,4 @@ _SCALARS: dict[object, Callable[[object], object]] = {
     float: _number,
     str: _text,
 }
-_COMPOSED: dict[object, Callable[[object, tuple[object, ...]], object]] = {Literal: _choice, tuple: _numbers}
+_COMPOSED: dict[object, Callable[[object, tuple[object, ...]], object]] = {Literal: _choice, tuple: _list}

@@ -129,9 +129,23 @@ def _pad_is_in_vocabulary(pad: int, vocabulary: int) -> Broken | None:
 
 
 def _pairs_have_two_segments(types: int, pairs: str) -> Broken | None:
-    if types >= 2 or pairs != "nsp":
+    if types >= 2 or pairs == "none":
         return None
-    return Broken("must be at least 2 for objective.pairs = 'nsp': a sample has two segments", "use 2")
+    return Broken(f"must be at least 2 for objective.pairs = {pairs!r}: a sample has two segments", "use 2")
+
+
+def _blend_has_weights(weights: tuple[float, ...] | None, corpora: tuple[str, ...]) -> Broken | None:
+    if weights is None or (len(weights) == len(corpora) and min(weights) > 0):
+        return None
+    return Broken(
+        f"must hold a share above 0 for each of the {len(corpora)} corpora of data.corpus",
+        f"use, for example, {[round(1 / len(corpora), 2)] * len(corpora)}, or leave data.weights out",
+    )
+
+
+def _corpora_differ(corpora: tuple[str, ...]) -> Broken | None:
+    twice = sorted({corpus for corpus in corpora if corpora.count(corpus) > 1})
+    return Broken("must name each corpus once", f"name {listed(twice)} once") if twice else None
 
 
 def _shares_leave_room(mask_share: float, random_share: float) -> Broken | None:
@@ -177,7 +191,29 @@ def _split_has_validation(split: tuple[float, float, float], samples: int) -> Br
     )
 
 
-def _batch_is_whole(batch: int, microbatch: int, tensor: int, pipeline: int, world: int | None) -> Broken | None:
+def _rows_are_cut(microbatch: int | None, packing: str) -> Broken | None:
+    if packing != "none" or microbatch is not None:
+        return None
+    return Broken(
+        "is required where parallel.packing is none",
+        "give the samples of one forward pass, for example parallel.microbatch: 4",
+    )
+
+
+def _bins_hold_a_sample(tokens: int | None, packing: str, sequence: int) -> Broken | None:
+    if packing == "none" or (tokens is not None and tokens >= -(-sequence // 8) * 8):
+        return None
+    return Broken(
+        f"must be at least data.sequence_length ({sequence}), rounded up to 8, where parallel.packing is {packing}",
+        f"give the tokens of one forward pass, for example parallel.microbatch_tokens: {8 * -(-sequence // 8) * 8}",
+    )
+
+
+def _batch_is_whole(
+    batch: int, microbatch: int | None, packing: str, tensor: int, pipeline: int, world: int | None
+) -> Broken | None:
+    if packing != "none" or microbatch is None:
+        return None
     replica = tensor * pipeline
     # A world size that does not fit is told by its own rule; the microbatch must fit in any case.
     data = world // replica if world and world % replica == 0 else 1
@@ -226,6 +262,8 @@ RULES: tuple[Rule, ...] = (
     Rule(("model.attention_probs_dropout_prob",), _dropout_drops),
     Rule(("model.pad_token_id", "model.vocab_size"), _pad_is_in_vocabulary),
     Rule(("model.type_vocab_size", "objective.pairs"), _pairs_have_two_segments),
+    Rule(("data.corpus",), _corpora_differ),
+    Rule(("data.weights", "data.corpus"), _blend_has_weights),
     Rule(("data.split",), _split_has_training),
     Rule(("data.split", "run.evaluation_samples"), _split_has_validation),
     Rule(("data.sequence_length", "model.max_position_embeddings"), _sequence_fits_positions),
@@ -236,8 +274,17 @@ RULES: tuple[Rule, ...] = (
     Rule(("parallel.tensor", "model.intermediate_size"), _tensor_divides_intermediate),
     Rule(("parallel.pipeline", "model.num_hidden_layers"), _stages_have_layers),
     Rule((WORLD_SIZE, "parallel.tensor", "parallel.pipeline"), _world_is_whole),
+    Rule(("parallel.microbatch", "parallel.packing"), _rows_are_cut),
+    Rule(("parallel.microbatch_tokens", "parallel.packing", "data.sequence_length"), _bins_hold_a_sample),
     Rule(
-        ("optimizer.global_batch", "parallel.microbatch", "parallel.tensor", "parallel.pipeline", WORLD_SIZE),
+        (
+            "optimizer.global_batch",
+            "parallel.microbatch",
+            "parallel.packing",
+            "parallel.tensor",
+            "parallel.pipeline",
+            WORLD_SIZE,
+        ),
         _batch_is_whole,
     ),
 )

@@ -57,7 +57,12 @@ class ModelConfig:
 class DataConfig:
     """What text is read, and how much of it a sample holds."""
 
-    corpus: str = setting(required=True, meaning="corpus prefix made by `preprocess` (PREFIX.bin, PREFIX.idx)")
+    corpus: tuple[str, ...] = setting(
+        required=True, meaning="corpus prefix made by `preprocess` (PREFIX.bin, PREFIX.idx); a list is blended"
+    )
+    weights: tuple[float, ...] | None = setting(
+        None, "shares of the corpora of a blend in the samples; null: as many as each has"
+    )
     tokenizer: str = setting(required=True, meaning="vocab.txt or tokenizer.json of the corpus")
     lowercase: bool = setting(True, "whether a vocab.txt is uncased (tokenizer.json says it itself)")
     split: tuple[float, float, float] = setting(
@@ -74,13 +79,21 @@ class MaskingConfig:
     mask_share: float = setting(0.8, "of these, share shown as [MASK]", at_least=0, at_most=1)
     random_share: float = setting(0.1, "of these, share shown as a random token", at_least=0, at_most=1)
     whole_words: bool = setting(True, "choose whole words instead of single WordPieces")
+    longest_span: int = setting(1, "most neighbouring words hidden together", at_least=1, at_most=64)
+    span_lengths: Literal["inverse", "geometric"] = setting(
+        "inverse", "how often n words are hidden together: as 1 / n, or as (1 - span_stop)^(n - 1)"
+    )
+    span_stop: float = setting(0.2, "geometric spans: chance that a span ends after a word", above=0, below=1)
+    maximum: int | None = setting(None, "most tokens of a sample to predict; null: no limit", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """The pretraining task."""
 
-    pairs: Literal["nsp"] = setting("nsp", "sentence-pair task: next sentence prediction")
+    pairs: Literal["nsp", "sop", "none"] = setting(
+        "nsp", "sentence-pair task: next sentence prediction, sentence order prediction, or one segment"
+    )
     short_sequences: float = setting(0.1, "share of samples with a random shorter length", at_least=0, at_most=1)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
 
@@ -111,7 +124,15 @@ class ParallelConfig:
     tensor: int = setting(1, "ranks that share every layer", at_least=1)
     pipeline: int = setting(1, "stages that the layers are cut into", at_least=1)
     schedule: Literal["gpipe", "1f1b"] = setting("1f1b", "order of forward and backward passes")
-    microbatch: int = setting(required=True, meaning="samples of one forward pass on one replica", at_least=1)
+    packing: Literal["none", "bins", "packed"] = setting(
+        "none", "rows of a microbatch: samples in order, of like lengths, or several samples in one row"
+    )
+    microbatch: int | None = setting(
+        None, "samples of one forward pass on one replica, where packing is none", at_least=1
+    )
+    microbatch_tokens: int | None = setting(
+        None, "most tokens of one forward pass on one replica, padding included, for bins and packed", at_least=8
+    )
     bucket_megabytes: int = setting(
         25, "size of the buckets in which gradients cross the data axis", at_least=1, at_most=4096
     )
@@ -127,6 +148,10 @@ class RunConfig:
     keep_last: int = setting(2, "newest checkpoints that are kept", at_least=1)
     evaluate_every: int = setting(1000, "steps between evaluations (the last step always evaluates)", at_least=1)
     evaluation_samples: int = setting(512, "held-out samples of an evaluation; 0 never evaluates", at_least=0)
+    index_cache: str | None = setting(None, "folder for sample indexes; null: beside each corpus")
+    data_workers: int = setting(
+        0, "processes that make batches ahead; 0: a thread of the training process", at_least=0, at_most=64
+    )
     log_every: int = setting(1, "steps between console lines (every step is in metrics.jsonl)", at_least=1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU where torch sees one, else the CPU")
     timeout_seconds: float = setting(600.0, "longest wait for a message before a run fails", above=0)

@@ -13,17 +13,21 @@ _PLAIN_SECONDS = 10.0  # between two plain lines
 class ByteProgress:
     """Context manager that shows MB, MB/s and the time left on the standard error stream."""
 
-    def __init__(self, title: str, total: int):
+    def __init__(self, title: str, total: int, *, done: int = 0):
         self._console = Console(stderr=True)
-        self._title, self._total, self._done = title, total, 0
+        self._title, self._total, self._done, self._before = title, total, done, done
         self._started = self._shown = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
-        self._task = self._bar.add_task(title, total=total)
+        self._task = self._bar.add_task(title, total=total, completed=done)
 
     def advance(self, num_bytes: int) -> None:
         """Count ``num_bytes`` more as done."""
-        self._done += num_bytes
+        self.reach(self._done + num_bytes)
+
+    def reach(self, num_bytes: int) -> None:
+        """Count ``num_bytes`` of the total as done."""
+        self._done = num_bytes
         if self._console.is_terminal:
             self._bar.update(self._task, completed=self._done)
         elif time.monotonic() - self._shown >= _PLAIN_SECONDS:
@@ -42,7 +46,7 @@ class ByteProgress:
             self._bar.stop()
 
     def _line(self) -> str:
-        speed = self._done / (time.monotonic() - self._started)
+        speed = (self._done - self._before) / (time.monotonic() - self._started)
         left = (self._total - self._done) / speed if speed else float("inf")
         done = f"{self._done / 1e6:.1f} of {self._total / 1e6:.1f} MB"
         return f"{self._title}: {done}, {speed / 1e6:.2f} MB/s, {left:.0f} s left"

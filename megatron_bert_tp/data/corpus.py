@@ -1,97 +1,99 @@
-r"""Tokenised corpora in Megatron-LM's format (MMIDIDX version 1), one sequence a sentence: PREFIX.bin and .idx.
+"""Tokenised corpora in Megatron-LM's format, one sequence a sentence: PREFIX.bin and PREFIX.idx, mapped."""
 
-The .idx, little endian::
-
-    "MMIDIDX\0\0"  u64 version = 1   u8 type   u64 sentences   u64 boundaries      34 bytes
-    i32[sentences]   tokens of each sentence
-    i64[sentences]   byte of the .bin at which each sentence begins
-    i64[boundaries]  first sentence of each document, then the number of sentences
-"""
-
-import json
+import bisect
+import hashlib
+import os
 import struct
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bert_tp.data.corpus_check import OpenIndex, check_index
+from megatron_bert_tp.data.corpus_facts import CorpusFacts, corpus_paths
+from megatron_bert_tp.data.corpus_index import (
+    LENGTH_TYPE,
+    PLACE_TYPE,
+    Layout,
+    map_array,
+    open_plain,
+    read_layout,
+    release,
+    size_of,
+)
+from megatron_bert_tp.data.draws import Ints
 from megatron_bert_tp.errors import DataError
 
-MAGIC = b"MMIDIDX\0\0"
-VERSION = 1
-HEADER = struct.Struct("<9sQBQQ")
-_TYPE_NAMES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-TOKEN_TYPES = {code: np.dtype(name) for code, name in _TYPE_NAMES.items()}
 _SCANNED_ALWAYS = 100_000_000  # tokens; their scan takes under 0.1 s
-_SCAN_BLOCK = 1 << 24  # tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusFacts:
-    """What PREFIX.json says of a corpus."""
-
-    documents: int
-    sentences: int
-    tokens: int
-    largest_id: int
-    bin_sha256: str
-    vocab_size: int
-    tokenizer_sha256: str
-    lowercase: bool
-
-    def write(self, path: Path) -> None:
-        """Save as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def read(cls, path: Path) -> "CorpusFacts":
-        """Facts of a JSON file; DataError when it holds anything else."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path}: not JSON ({error}); remove it or run `preprocess` again") from error
-        types = {field.name: field.type for field in fields(cls)}
-        if not isinstance(content, dict) or {k: type(v) for k, v in content.items()} != types:
-            raise DataError(
-                f"{path}: the facts of a corpus have exactly the keys {', '.join(types)}; "
-                "move the file away or run `preprocess` again"
-            )
-        return cls(**content)
+_BLOCK = 1 << 22  # numbers that are looked at together
+_LARGEST_FACTS = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A memory-mapped corpus whose index has been checked."""
+    """A memory-mapped corpus; nothing that grows with its size is copied into memory.
+
+    Pickled, as for a worker process, it is its prefix: the other process maps the same files.
+    """
 
     prefix: Path
     tokens: npt.NDArray[Any]
     """``[tokens]`` ids of all sentences, back to back."""
-    starts: npt.NDArray[np.int64]
-    """``[sentences + 1]`` first token of each sentence, then the number of tokens."""
+    lengths: npt.NDArray[np.int32]
+    """``[sentences]`` tokens of each sentence, at least 1; not aligned, see `data.corpus_index`."""
+    pointers: npt.NDArray[np.int64]
+    """``[sentences]`` byte of the .bin at which each sentence begins; not aligned."""
     documents: npt.NDArray[np.int64]
-    """``[documents + 1]`` first sentence of each document, then the number of sentences."""
-    facts: CorpusFacts | None
+    """``[documents + 1]`` first sentence of each document, then the number of sentences; not aligned."""
+    facts: CorpusFacts | None = None
     """None for a corpus that was not made by this package."""
 
     @classmethod
     def open(cls, prefix: Path) -> "Corpus":
-        """Map PREFIX.bin; DataError when a file is missing or damaged or the two do not belong together."""
-        bin_path, idx_path, facts_path = corpus_paths(prefix)
-        for path in (bin_path, idx_path):
-            if not path.is_file():
-                raise DataError(
-                    f"{path}: no such file; make it with {_MAKE_IT}; data.corpus is its PREFIX, without an ending"
-                )
-        index = _read_index(idx_path)
-        starts = _check_index(index, bin_path, idx_path)
-        tokens = np.asarray(np.memmap(bin_path, dtype=index.token_type, mode="r"))
-        facts = CorpusFacts.read(facts_path) if facts_path.is_file() else None
-        corpus = cls(prefix, tokens, starts, index.documents, facts)
+        """Map the files; DataError when one is missing or damaged or they do not belong together.
+
+        Every number of the index is looked at, but no token: see `check_token_ids`.
+        """
+        bin_path, idx_path, _ = corpus_paths(prefix)
+        with _opened(prefix) as (bin_file, idx_file):
+            layout = read_layout(idx_file, idx_path)
+            check_index(OpenIndex(idx_file, layout, idx_path, bin_path, size_of(bin_file)))
+            corpus = cls._of_files(prefix, bin_file, idx_file, layout=layout)
         corpus._check_facts()
         return corpus
+
+    @classmethod
+    def open_again(cls, prefix: Path, num_sentences: int, num_tokens: int) -> "Corpus":
+        """A corpus that `open` has checked before, perhaps in another process, and that has these numbers."""
+        with _opened(prefix) as (bin_file, idx_file):
+            layout = read_layout(idx_file, corpus_paths(prefix)[1])
+            found = (layout.num_sentences, size_of(bin_file) // layout.token_type.itemsize)
+            if found != (num_sentences, num_tokens):
+                raise DataError(
+                    f"{prefix}: had {num_sentences} sentences and {num_tokens} tokens when it was opened, now "
+                    f"it has {found[0]} and {found[1]}: do not write a corpus that is in use"
+                )
+            return cls._of_files(prefix, bin_file, idx_file, layout=layout)
+
+    @classmethod
+    def _of_files(cls, prefix: Path, bin_file: BinaryIO, idx_file: BinaryIO, *, layout: Layout) -> "Corpus":
+        num_tokens = size_of(bin_file) // layout.token_type.itemsize
+        return cls(
+            prefix,
+            map_array(bin_file, layout.token_type, count=num_tokens),
+            map_array(idx_file, LENGTH_TYPE, count=layout.num_sentences, offset=layout.lengths_at),
+            map_array(idx_file, PLACE_TYPE, count=layout.num_sentences, offset=layout.pointers_at),
+            map_array(idx_file, PLACE_TYPE, count=layout.num_boundaries, offset=layout.documents_at),
+            _read_facts(corpus_paths(prefix)[2]),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Corpus.open_again, (self.prefix, self.num_sentences, self.num_tokens)
 
     @property
     def num_documents(self) -> int:
@@ -101,21 +103,50 @@ class Corpus:
     @property
     def num_sentences(self) -> int:
         """Sentences of all documents."""
-        return len(self.starts) - 1
+        return len(self.lengths)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all sentences."""
         return len(self.tokens)
 
-    @cached_property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """``[sentences]`` tokens of each sentence."""
-        return np.diff(self.starts)
+    def starts_of(self, boundaries: Ints) -> Ints:
+        """First token of each of these sentences, any shape; for ``num_sentences`` it is the number of tokens."""
+        is_end = boundaries == self.num_sentences
+        starts: Ints = self.pointers[np.where(is_end, 0, boundaries)] // self.tokens.itemsize
+        return np.where(is_end, self.num_tokens, starts)
 
     def sentence(self, number: int) -> npt.NDArray[Any]:
         """Token ids of one sentence, a view into the file."""
-        return self.tokens[self.starts[number] : self.starts[number + 1]]
+        start = int(self.pointers[number]) // self.tokens.itemsize
+        return self.tokens[start : start + int(self.lengths[number])]
+
+    def sentence_at(self, token: int) -> int:
+        """Number of the sentence that holds a token, in a binary search that reads a few pages."""
+        return bisect.bisect_right(self.pointers, token * self.tokens.itemsize) - 1
+
+    def document_of(self, sentence: int) -> int:
+        """Number of the document that holds a sentence."""
+        return bisect.bisect_right(self.documents, sentence) - 1
+
+    @cached_property
+    def starts(self) -> Ints:
+        """``[sentences + 1]`` first token of each sentence, in memory: deprecated, use `starts_of`."""
+        return self.starts_of(np.arange(self.num_sentences + 1))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of where sentences and documents begin: of all that samples are cut by, but no token.
+
+        Over the bytes of a token, the number of sentences and of boundaries (u64), the lengths (i32) and the
+        boundaries (i64), little endian.
+        """
+        counts = (self.tokens.itemsize, self.num_sentences, len(self.documents))
+        sha256 = hashlib.sha256(struct.pack("<3Q", *counts))
+        for array, dtype in ((self.lengths, LENGTH_TYPE), (self.documents, PLACE_TYPE)):
+            for block in _blocks(array):
+                sha256.update(block.astype(dtype, copy=False).data)
+        return sha256.hexdigest()
 
     def _check_facts(self) -> None:
         if self.facts is None:
@@ -127,11 +158,6 @@ class Corpus:
                 f"{self.prefix}: the .json speaks of {said} documents, sentences and tokens, the .idx of {found}; "
                 "they belong to different corpora: run `preprocess` again"
             )
-
-
-def corpus_paths(prefix: Path) -> tuple[Path, Path, Path]:
-    """PREFIX.bin, PREFIX.idx and PREFIX.json."""
-    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
 
 
 def check_tokenizer(corpus: Corpus, *, sha256: str, lowercase: bool) -> None:
@@ -154,88 +180,39 @@ def check_token_ids(corpus: Corpus, vocab_size: int) -> None:
     facts = corpus.facts
     if facts is not None and corpus.num_tokens > _SCANNED_ALWAYS and facts.largest_id < vocab_size:
         return
-    for first in range(0, corpus.num_tokens, _SCAN_BLOCK):
-        block = corpus.tokens[first : first + _SCAN_BLOCK]
+    for number, block in enumerate(_blocks(corpus.tokens)):
         if block.min() >= 0 and block.max() < vocab_size:
             continue
-        position = first + int(np.flatnonzero((block < 0) | (block >= vocab_size))[0])
-        sentence = int(np.searchsorted(corpus.starts, position, side="right")) - 1
+        position = number * _BLOCK + int(np.flatnonzero((block < 0) | (block >= vocab_size))[0])
         raise DataError(
-            f"{corpus.prefix}.bin: token ids must lie in 0..{vocab_size - 1}, but sentence {sentence} holds "
-            f"{int(corpus.tokens[position])}; use the tokenizer that made the corpus, "
-            "and a vocab_size of at least its size"
+            f"{corpus.prefix}.bin: token ids must lie in 0..{vocab_size - 1}, but sentence "
+            f"{corpus.sentence_at(position)} holds {int(corpus.tokens[position])}; use the tokenizer that made "
+            "the corpus, and a vocab_size of at least its size"
         )
 
 
-@dataclass(frozen=True)
-class _Index:
-    token_type: np.dtype[Any]
-    lengths: npt.NDArray[np.int32]
-    pointers: npt.NDArray[np.int64]
-    documents: npt.NDArray[np.int64]
+@contextmanager
+def _opened(prefix: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    bin_path, idx_path, _ = corpus_paths(prefix)
+    with open_plain(bin_path) as bin_file, open_plain(idx_path) as idx_file:
+        yield bin_file, idx_file
 
 
-def _read_index(path: Path) -> _Index:
-    """Arrays of an .idx whose magic, version, type code and size are right."""
-    size = path.stat().st_size
-    if size < HEADER.size:
-        raise DataError(f"{path}: an index has at least {HEADER.size} bytes, this file has {size}; {_DAMAGED}")
-    with path.open("rb") as file:
-        magic, version, code, sentences, boundaries = HEADER.unpack(file.read(HEADER.size))
-    if magic != MAGIC:
-        raise DataError(f"{path}: begins with {magic!r}, not {MAGIC!r}: not an index of Megatron-LM's format")
-    if version != VERSION or code not in TOKEN_TYPES:
+def _read_facts(path: Path) -> CorpusFacts | None:
+    """Facts of PREFIX.json, None where there is no such file."""
+    if not os.path.lexists(path):
+        return None
+    with open_plain(path) as file:
+        size = size_of(file)
+    if size > _LARGEST_FACTS:
         raise DataError(
-            f"{path}: version {version} with type code {code} cannot be read, only version {VERSION} with "
-            f"an integer type {sorted(TOKEN_TYPES)}; {_DAMAGED}"
+            f"{path}: the facts of a corpus have at most {_LARGEST_FACTS} bytes, this file has {size}; "
+            "move it away or run `preprocess` again"
         )
-    expected = HEADER.size + 12 * sentences + 8 * boundaries
-    if size != expected:
-        raise DataError(
-            f"{path}: {sentences} sentences and {boundaries} document boundaries take {expected} bytes, "
-            f"the file has {size}; {_DAMAGED}"
-        )
-    content = np.memmap(path, dtype=np.uint8, mode="r")
-    lengths, pointers, documents = np.split(content[HEADER.size :], [4 * sentences, 12 * sentences])
-    return _Index(TOKEN_TYPES[code], lengths.view("<i4"), pointers.view("<i8"), np.array(documents.view("<i8")))
+    return CorpusFacts.read(path)
 
 
-def _check_index(index: _Index, bin_path: Path, idx_path: Path) -> npt.NDArray[np.int64]:
-    """First token of each sentence and the number of tokens, once all numbers are known to agree."""
-    size = bin_path.stat().st_size
-    num_sentences, documents = len(index.lengths), index.documents
-    if num_sentences == 0 or len(documents) < 2 or size == 0:
-        raise DataError(
-            f"{idx_path}: an empty corpus ({num_sentences} sentences, {max(len(documents) - 1, 0)} documents, "
-            f"{size} bytes of tokens); make it with {_MAKE_IT}"
-        )
-    shortest = int(np.argmin(index.lengths))
-    if index.lengths[shortest] < 1:
-        raise DataError(
-            f"{idx_path}: sentence {shortest} has {index.lengths[shortest]} tokens, not 1 or more; {_DAMAGED}"
-        )
-    starts = np.zeros(num_sentences + 1, dtype=np.int64)
-    np.cumsum(index.lengths, dtype=np.int64, out=starts[1:])
-    expected = int(starts[-1]) * index.token_type.itemsize
-    if size != expected:
-        raise DataError(
-            f"{bin_path}: the index {idx_path.name} expects {expected} bytes, the file has {size}: "
-            f"it is cut short or belongs to another index; {_DAMAGED}"
-        )
-    wrong = np.flatnonzero(index.pointers != starts[:-1] * index.token_type.itemsize)
-    if len(wrong):
-        first = int(wrong[0])
-        raise DataError(
-            f"{idx_path}: sentence {first} must begin at byte {int(starts[first]) * index.token_type.itemsize}, "
-            f"the index says {int(index.pointers[first])}; {_DAMAGED}"
-        )
-    if documents[0] != 0 or documents[-1] != num_sentences or np.any(documents[1:] < documents[:-1]):
-        raise DataError(
-            f"{idx_path}: document boundaries must rise from 0 to {num_sentences} (the sentences), "
-            f"these go from {int(documents[0])} to {int(documents[-1])} or fall between; {_DAMAGED}"
-        )
-    return starts
-
-
-_MAKE_IT = "`python -m megatron_bert_tp.preprocess INPUT... --tokenizer FILE --output PREFIX`"
-_DAMAGED = "the corpus is damaged: copy it again or run `preprocess` again"
+def _blocks(array: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    for first in range(0, len(array), _BLOCK):
+        yield array[first : first + _BLOCK]
+        release(array)

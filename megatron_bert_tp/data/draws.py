@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     WORD = 6
     REPLACEMENT = 7
     REPLACEMENT_TOKEN = 8
+    SPAN_LENGTH = 9
 
 
 def streams(seed: int, purpose: Purpose, rows: Ints) -> Bits:

@@ -1,48 +1,29 @@
-"""Text files to a tokenised corpus, with the same bytes for any number of worker processes."""
+"""Text files to a tokenised corpus, with the same bytes for any number of workers and any number of kills."""
 
-import multiprocessing
-import os
+import sys
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import cache
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import closing
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
 
 from megatron_bert_tp.data.byte_progress import ByteProgress
-from megatron_bert_tp.data.corpus import CorpusFacts, corpus_paths
-from megatron_bert_tp.data.corpus_writer import CorpusWriter
-from megatron_bert_tp.data.text import Document, TextLayout, check_inputs, read_documents, split_sentences
-from megatron_bert_tp.data.tokenizer import Tokenizer, train_wordpiece
+from megatron_bert_tp.data.corpus_facts import CorpusFacts, corpus_paths
+from megatron_bert_tp.data.corpus_writer import CorpusWriter, discard, publish, token_type
+from megatron_bert_tp.data.encoding import Chunk, EncodedChunk, Encoding, encoded_chunks
+from megatron_bert_tp.data.journal import Beginning, Journal, Mark, Request
+from megatron_bert_tp.data.languages import language_code
+from megatron_bert_tp.data.pieces import Piece
+from megatron_bert_tp.data.report import PreprocessReport, report_of
+from megatron_bert_tp.data.text import TextLayout, check_inputs, read_file
+from megatron_bert_tp.data.tokenizer import Tokenizer
 from megatron_bert_tp.errors import DataError
 
-_CHUNK = 1 << 19  # bytes of text that a worker gets at once
-
-
-@dataclass(frozen=True)
-class PreprocessReport:
-    """What became of the input."""
-
-    facts: CorpusFacts
-    dropped_documents: int
-    """Documents in which no sentence had a token."""
-    num_bytes: int
-    seconds: float
-
-    def __str__(self) -> str:
-        facts = self.facts
-        speed = self.num_bytes / 1e6 / self.seconds
-        return (
-            f"{facts.documents:,} documents ({self.dropped_documents:,} without a token dropped), "
-            f"{facts.sentences:,} sentences, {facts.tokens:,} tokens; {self.num_bytes / 1e6:.1f} MB in "
-            f"{self.seconds:.1f} s ({speed:.2f} MB/s); .bin SHA-256 {facts.bin_sha256}"
-        )
+CHUNK = 1 << 19
+"""Bytes of text that a worker gets at once."""
+_JOURNAL_SECONDS = 3.0
 
 
 def preprocess(
@@ -52,49 +33,119 @@ def preprocess(
     *,
     layout: TextLayout | None = None,
     lowercase: bool = True,
+    language: str = "en",
     workers: int = 1,
+    overwrite: bool = False,
+    journal_seconds: float = _JOURNAL_SECONDS,
 ) -> PreprocessReport:
     """Tokenise ``inputs`` into the corpus ``output``.bin, .idx and .json.
 
-    One worker is this process with the threads of `tokenizers`; more are processes of their own.
-    DataError when an input or the tokenizer cannot be used, or ``output`` would replace an input.
+    One worker is this process; more are processes of their own.  Where an earlier call for the same corpus was
+    cut off, this one goes on from its journal, which is saved every ``journal_seconds``.  DataError when an
+    input or the tokenizer cannot be used, or the corpus exists and ``overwrite`` was not given.
     """
     started = time.monotonic()
     layout = layout or TextLayout()
     total = check_inputs(inputs)
     _check_output(inputs, output)
     tokenizer = Tokenizer.load(tokenizer_path, lowercase)
-    encoding = _Encoding(tokenizer_path, lowercase, layout.sentence_per_line)
-    dropped = 0
-    with ByteProgress("tokenising", total) as progress, CorpusWriter(output, tokenizer) as writer:
-        for chunk in _encoded_chunks(_chunks(inputs, layout), encoding, workers):
-            dropped += _write(writer, chunk)
-            progress.advance(chunk.num_bytes)
-    return PreprocessReport(writer.facts, dropped, total, time.monotonic() - started)
+    language = language_code(language)
+    options = asdict(layout) | {
+        "invalid_text": layout.invalid_text.value,
+        "language": language,
+        "lowercase": tokenizer.lowercase,
+        "tokenizer": tokenizer.sha256,
+    }
+    journal = Journal(output, Request.of(inputs, options))
+    beginning = journal.begin(token_type(tokenizer.size).itemsize)
+    if beginning.is_complete:
+        return _publish(output, journal, beginning)
+    _check_absent(output, overwrite)
+    _tell(output, beginning, inputs)
+    encoding = Encoding(tokenizer_path, lowercase, layout.sentence_per_line, language)
+    before = [0, *accumulate(path.stat().st_size for path in inputs)]
+    run = _Run(inputs, before, layout, encoding, workers, journal_seconds)
+    done = beginning.mark
+    if beginning.refused:
+        journal.remove()
+    with CorpusWriter(output, tokenizer, begun=done.written) as writer:
+        if done != Mark():
+            _save(writer, journal)
+        with ByteProgress("tokenising", total, done=run.before[done.place.file]) as progress:
+            mark = _run(run, writer, journal, done, progress)
+        facts = writer.prepare(report_of(mark.tally, mark.counts, num_tokens=mark.written.tokens))
+        journal.save(is_complete=True)
+        writer.keep = True
+        writer.publish()
+    discard(output)
+    journal.remove()
+    run_bytes = mark.tally.num_bytes - done.tally.num_bytes
+    return PreprocessReport(facts, mark.tally, mark.counts, time.monotonic() - started, run_bytes)
 
 
-def train_tokenizer(
-    inputs: list[Path], output: Path, *, size: int, layout: TextLayout | None = None, lowercase: bool = True
-) -> int:
-    """Train a WordPiece vocabulary on the text of ``inputs``, write it to ``output`` and return its size."""
-    layout = layout or TextLayout()
-    check_inputs(inputs)
-    texts = (document.text for path in inputs for document in read_documents(path, layout))
-    return train_wordpiece(texts, size, lowercase, output)
+@dataclass(frozen=True)
+class _Run:
+    inputs: list[Path]
+    before: list[int]
+    """``[files + 1]`` bytes of all files before each."""
+    layout: TextLayout
+    encoding: Encoding
+    workers: int
+    journal_seconds: float
 
 
-class _Encoding(NamedTuple):
-    tokenizer_path: Path
-    lowercase: bool
-    sentence_per_line: bool
+def _run(run: _Run, writer: CorpusWriter, journal: Journal, begun: Mark, progress: ByteProgress) -> Mark:
+    """Read, encode and write from ``begun`` to the end of the input; on an error the journal is saved."""
+    mark = begun
+    saved = time.monotonic()
+    chunks = encoded_chunks(_chunks(run.inputs, run.layout, begun), run.encoding, run.workers)
+    try:
+        with closing(chunks):
+            for chunk, encoded in chunks:
+                mark = _write(writer, chunk, encoded, mark)
+                journal.move(mark)
+                progress.reach(run.before[chunk.next.file] + chunk.num_packed)
+                if time.monotonic() - saved >= run.journal_seconds:
+                    _save(writer, journal)
+                    saved = time.monotonic()
+    except BaseException as error:
+        if mark != begun:
+            _save(writer, journal)
+        if writer.keep and isinstance(error, DataError | KeyboardInterrupt):
+            _tell_kept(error, journal)
+        raise
+    return mark
 
 
-class _EncodedChunk(NamedTuple):
-    tokens: npt.NDArray[np.int32]
-    """``[tokens]`` of all documents of the chunk, back to back."""
-    lengths: list[list[int]]
-    """Tokens of each sentence of each document."""
-    num_bytes: int
+def _write(writer: CorpusWriter, chunk: Chunk, encoded: EncodedChunk, mark: Mark) -> Mark:
+    tally = deepcopy(mark.tally)
+    documents = writer.add(encoded.tokens, encoded.lengths, encoded.ends)
+    tally.add(encoded, documents, before=mark.written, num_bytes=chunk.num_bytes)
+    return Mark(chunk.next, writer.written, tally, chunk.counts)
+
+
+def _save(writer: CorpusWriter, journal: Journal) -> None:
+    """The data first: the journal must never speak of what is not on the disk."""
+    writer.sync()
+    journal.save()
+    writer.keep = True
+
+
+def _chunks(inputs: list[Path], layout: TextLayout, begun: Mark) -> Iterator[Chunk]:
+    """Pieces of all files in order, in lists of about half a megabyte; the last one may be empty."""
+    counts = deepcopy(begun.counts)
+    pieces: list[Piece] = []
+    place, size, packed = begun.place, 0, 0
+    for number in range(begun.place.file, len(inputs)):
+        for read in read_file(inputs[number], layout, place, counts):
+            if read.piece is not None:
+                pieces.append(read.piece)
+                size += read.piece.num_bytes or len(read.piece.text)
+            place, packed = read.next or place, read.num_packed
+            if size >= CHUNK and read.next is not None:
+                yield Chunk(pieces, place, replace(counts), packed if place.file == number else 0)
+                pieces, size = [], 0
+    yield Chunk(pieces, place, replace(counts), 0)
 
 
 def _check_output(inputs: list[Path], output: Path) -> None:
@@ -103,73 +154,38 @@ def _check_output(inputs: list[Path], output: Path) -> None:
         raise DataError(f"--output {output} would replace the input {replaced.pop()}; choose another prefix")
 
 
-def _chunks(inputs: list[Path], layout: TextLayout) -> Iterator[list[Document]]:
-    """Documents of all files in order, in lists of about half a megabyte."""
-    chunk: list[Document] = []
-    size = 0
-    for path in inputs:
-        for document in read_documents(path, layout):
-            chunk.append(document)
-            size += document.num_bytes
-            if size >= _CHUNK:
-                yield chunk
-                chunk, size = [], 0
-    if chunk:
-        yield chunk
+def _check_absent(output: Path, overwrite: bool) -> None:
+    standing = [str(path) for path in corpus_paths(output) if path.exists()]
+    if standing and not overwrite:
+        raise DataError(
+            f"{', '.join(standing)}: exists already; choose another --output, or replace it with --overwrite"
+        )
 
 
-def _encoded_chunks(
-    chunks: Iterable[list[Document]], encoding: _Encoding, workers: int
-) -> Iterator[_EncodedChunk]:
-    """Encoded chunks in the order of the input, whichever worker is done first."""
-    if workers == 1:
-        yield from (_encode(chunk, encoding) for chunk in chunks)
-        return
-    # Spawned: the threads that `tokenizers` may have started here would not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-        waiting: deque[Future[_EncodedChunk]] = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_encode, chunk, encoding))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def _publish(output: Path, journal: Journal, beginning: Beginning) -> PreprocessReport:
+    """End a run that was killed while it renamed its files."""
+    publish(output)
+    facts = CorpusFacts.read(corpus_paths(output)[2])
+    discard(output)
+    journal.remove()
+    return PreprocessReport(facts, beginning.mark.tally, beginning.mark.counts, 0.0, 0)
 
 
-def _one_thread() -> None:
-    """Keep `tokenizers` from starting a thread per core in every worker."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+def _tell(output: Path, beginning: Beginning, inputs: list[Path]) -> None:
+    if beginning.refused:
+        print(f"{output}: an earlier run was cut off, but {beginning.refused}: begins anew", file=sys.stderr)
+    elif beginning.mark != Mark():
+        place = beginning.mark.place
+        print(
+            f"{output}: an earlier run was cut off; goes on after {beginning.mark.tally.num_bytes / 1e6:.1f} MB "
+            f"of text, in file {min(place.file + 1, len(inputs))} of {len(inputs)}",
+            file=sys.stderr,
+        )
 
 
-@cache
-def _worker_tokenizer(path: Path, lowercase: bool) -> Tokenizer:
-    return Tokenizer.load(path, lowercase)
-
-
-def _encode(chunk: list[Document], encoding: _Encoding) -> _EncodedChunk:
-    tokenizer = _worker_tokenizer(encoding.tokenizer_path, encoding.lowercase)
-    documents = [split_sentences(d.text, sentence_per_line=encoding.sentence_per_line) for d in chunk]
-    encoded = iter(tokenizer.encode_batch([sentence for document in documents for sentence in document]))
-    tokens: list[int] = []
-    lengths: list[list[int]] = []
-    for document in documents:
-        sentences = [ids for ids in islice(encoded, len(document)) if ids]
-        lengths.append([len(ids) for ids in sentences])
-        for ids in sentences:
-            tokens.extend(ids)
-    return _EncodedChunk(np.array(tokens, dtype=np.int32), lengths, sum(d.num_bytes for d in chunk))
-
-
-def _write(writer: CorpusWriter, chunk: _EncodedChunk) -> int:
-    """Write the documents of a chunk; returns how many had no token."""
-    dropped = 0
-    first = 0
-    for lengths in chunk.lengths:
-        if not lengths:
-            dropped += 1
-            continue
-        last = first + sum(lengths)
-        writer.add_document(chunk.tokens[first:last], lengths)
-        first = last
-    return dropped
+def _tell_kept(error: BaseException, journal: Journal) -> None:
+    why = "interrupted; " if isinstance(error, KeyboardInterrupt) else ""
+    print(
+        f"{why}what is done is kept in {journal.path.parent}; the same command again goes on from there",
+        file=sys.stderr,
+    )

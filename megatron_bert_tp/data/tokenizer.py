@@ -1,4 +1,4 @@
-"""WordPiece vocabularies over the `tokenizers` library: reading, encoding and training."""
+"""WordPiece vocabularies over the `tokenizers` library: reading and encoding."""
 
 import hashlib
 import json
@@ -11,15 +11,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from megatron_bert_tp.data.refusals import reading, writing
+from megatron_bert_tp.data.refusals import reading
 from megatron_bert_tp.errors import DataError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUATION = "##"
 _LARGEST_FILE = 64 * 2**20  # bytes; the largest public vocabularies are under 20 MB
-_LARGEST_ALPHABET = 1000  # characters, as BERT's own trainer keeps
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,8 @@ class Tokenizer:
     """Text to token ids and back; special tokens are never added, nor read from the text."""
 
     def __init__(self, library: tokenizers.Tokenizer, vocabulary: Vocabulary, *, sha256: str, lowercase: bool):
-        self._library = library
+        self.library = library
+        """The tokenizer of the `tokenizers` library."""
         self.vocabulary = vocabulary
         self.sha256 = sha256
         """SHA-256 of the file that the tokenizer was read from."""
@@ -93,7 +93,7 @@ class Tokenizer:
             library, vocabulary, lowercase = _from_json(text, path)
         else:
             vocabulary = Vocabulary.of(_entries(text, path), path)
-            library = _wordpiece({entry: n for n, entry in enumerate(vocabulary.entries)}, lowercase)
+            library = bert_tokenizer({entry: n for n, entry in enumerate(vocabulary.entries)}, lowercase)
         return cls(library, vocabulary, sha256=sha256, lowercase=lowercase)
 
     @property
@@ -103,7 +103,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
-        encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
@@ -113,40 +113,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text: pieces joined to words, special tokens left out."""
         special = set(self.vocabulary.special_ids)
-        text: str = self._library.decode([int(number) for number in ids if number not in special])
+        text: str = self.library.decode([int(number) for number in ids if number not in special])
         return text
 
 
-def train_wordpiece(sentences: Iterable[str], vocab_size: int, lowercase: bool, output: Path) -> int:
-    """Train a WordPiece vocabulary, write it as a ``vocab.txt`` and return its size (<= ``vocab_size``).
-
-    Same sentences, same bytes: the library numbers the pieces of one character in the order of a hash
-    map and breaks ties between merges by these numbers, so that they are found in a first pass and
-    given to it in sorted order.  The sentences are held in memory.
-    """
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-    texts = list(sentences)
-    library = _wordpiece({}, lowercase)
-    alphabet = _alphabet(texts, library.normalizer, limit=min(_LARGEST_ALPHABET, vocab_size // 8))
-    _train(library, texts, alphabet, pieces=[], vocab_size=0)
-    pieces = sorted(entry for entry in library.get_vocab() if entry.startswith(CONTINUATION))
-    smallest = len(SPECIAL_TOKENS) + len(alphabet) + len(pieces)
-    if not alphabet or vocab_size < smallest:
-        raise DataError(
-            f"a vocabulary of {vocab_size} entries cannot hold the {len(SPECIAL_TOKENS)} special tokens and "
-            f"the characters of the text ({len(alphabet)}): give more text, or a size of at least "
-            f"{max(smallest, 100)}"
-        )
-    library = _wordpiece({}, lowercase)
-    _train(library, texts, alphabet, pieces=pieces, vocab_size=vocab_size)
-    ids = library.get_vocab()
-    with writing(output):
-        output.write_text("".join(f"{entry}\n" for entry in sorted(ids, key=ids.__getitem__)), encoding="utf-8")
-    return len(ids)
-
-
-def _wordpiece(ids: dict[str, int], lowercase: bool) -> tokenizers.Tokenizer:
+def bert_tokenizer(ids: dict[str, int], lowercase: bool) -> tokenizers.Tokenizer:
     """BERT's tokenizer: clean, lowercase and strip accents, split at spaces and punctuation, WordPiece."""
     library = tokenizers.Tokenizer(
         models.WordPiece(ids, unk_token="[UNK]", continuing_subword_prefix=CONTINUATION)
@@ -155,31 +126,6 @@ def _wordpiece(ids: dict[str, int], lowercase: bool) -> tokenizers.Tokenizer:
     library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     library.decoder = decoders.WordPiece(prefix=CONTINUATION)
     return library
-
-
-def _alphabet(texts: list[str], normalizer: normalizers.Normalizer, *, limit: int) -> list[str]:
-    """The most frequent characters, sorted; equal counts in the order of code points."""
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(normalizer.normalize_str(text))
-    kept = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[:limit]
-    return sorted(kept)
-
-
-def _train(
-    library: tokenizers.Tokenizer, texts: list[str], alphabet: list[str], *, pieces: list[str], vocab_size: int
-) -> None:
-    """Fill the library's vocabulary: special tokens, ``pieces``, ``alphabet``, then merges."""
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=[*SPECIAL_TOKENS, *pieces],
-        limit_alphabet=len(alphabet),
-        initial_alphabet=alphabet,
-        continuing_subword_prefix=CONTINUATION,
-    )
-    library.train_from_iterator(texts, trainer)
 
 
 def _from_json(text: str, path: Path) -> tuple[tokenizers.Tokenizer, Vocabulary, bool]:
@@ -220,6 +166,9 @@ def _entries(text: str, path: Path) -> list[str]:
 
 def _read(path: Path) -> bytes:
     """Content of a vocabulary file that exists and has a credible size."""
+    if path.is_dir():
+        inside = [str(path / name) for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
+        raise DataError(f"{path}: is a directory; give the file in it: {' or '.join(inside) or 'none is there'}")
     if not path.is_file():
         raise DataError(
             f"{path}: no such file; give a BERT vocab.txt or tokenizer.json, or train one with "

@@ -3,22 +3,25 @@
 import numpy as np
 
 from megatron_bert_tp.data.corpus import Corpus
+from megatron_bert_tp.data.corpus_index import release
 from megatron_bert_tp.data.draws import Ints
 
-_BLOCK = 1 << 16  # sentences
+_BLOCK = 1 << 14  # documents
+_TOKENS = 1 << 20
 
 
 def unigram_counts(corpus: Corpus, documents: Ints, vocab_size: int) -> Ints:
-    """``[vocab_size]`` occurrences of each token in ``documents``."""
+    """``[vocab_size]`` occurrences of each token in ``documents``; takes a byte of memory a document."""
     is_counted = np.zeros(corpus.num_documents, dtype=np.bool_)
     is_counted[documents] = True
-    is_counted = np.repeat(is_counted, np.diff(corpus.documents))
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for first in range(0, corpus.num_sentences, _BLOCK):
-        last = min(first + _BLOCK, corpus.num_sentences)
-        tokens = corpus.tokens[corpus.starts[first] : corpus.starts[last]]
-        kept = tokens[np.repeat(is_counted[first:last], corpus.lengths[first:last])]
-        counts += np.bincount(kept, minlength=vocab_size)
+    for first in range(0, corpus.num_documents, _BLOCK):
+        starts = corpus.starts_of(corpus.documents[first : first + _BLOCK + 1])
+        for begin in range(int(starts[0]), int(starts[-1]), _TOKENS):
+            cuts = np.clip(starts, begin, begin + _TOKENS)
+            is_kept = np.repeat(is_counted[first : first + _BLOCK], np.diff(cuts))
+            counts += np.bincount(corpus.tokens[begin : int(cuts[-1])][is_kept], minlength=vocab_size)
+        release(corpus.tokens)
     return counts
 
 

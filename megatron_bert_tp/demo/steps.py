@@ -3,8 +3,9 @@
 import shutil
 from pathlib import Path
 
-from megatron_bert_tp.data.preprocess import preprocess, train_tokenizer
+from megatron_bert_tp.data.preprocess import preprocess
 from megatron_bert_tp.data.text import TextLayout
+from megatron_bert_tp.data.vocabulary_training import train_tokenizer
 from megatron_bert_tp.demo.corpus import build_corpus
 from megatron_bert_tp.demo.fill_mask import FillMask
 from megatron_bert_tp.errors import TrainingError
@@ -35,9 +36,9 @@ def make_data() -> None:
         return
     layout = TextLayout(sentence_per_line=True)
     print("\n2/6 vocabulary", flush=True)
-    size = train_tokenizer([TEXT], VOCABULARY, size=VOCABULARY_SIZE, layout=layout)
+    size = train_tokenizer([TEXT], VOCABULARY, size=VOCABULARY_SIZE, layout=layout, overwrite=True)
     print(f"{VOCABULARY}: {size:,} entries\n\n3/6 tokens", flush=True)
-    print(preprocess([TEXT], VOCABULARY, CORPUS, layout=layout), flush=True)
+    print(preprocess([TEXT], VOCABULARY, CORPUS, layout=layout, overwrite=True), flush=True)
 
 
 def export() -> None:

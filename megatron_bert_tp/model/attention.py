@@ -106,7 +106,19 @@ class SelfAttention(_Heads):
 
     def forward(self, x: Tensor, context: Context) -> Attended:
         """``[batch, sequence, hidden]`` to this rank's heads in a row, ``[batch, sequence, hidden / size]``."""
-        projected = self.query_key_value(x).unflatten(-1, (3, len(self.heads), self.head_size))
+        projected = self.query_key_value(x)
+        segments = context.segments
+        if segments is None:
+            return self._of_rows(projected, context)
+        assert context.is_plain, "what attention leaves behind has no place in a packed row"
+        parts = zip(segments.spread(projected), segments.groups, strict=True)
+        return Attended(
+            segments.join([self._of_rows(part, context.of_group(group)).hidden for part, group in parts])
+        )
+
+    def _of_rows(self, projected: Tensor, context: Context) -> Attended:
+        """Attention within each row of ``[batch, sequence, 3 hidden / size]``."""
+        projected = projected.unflatten(-1, (3, len(self.heads), self.head_size))
         packed = projected.permute(2, 0, 3, 1, 4).contiguous()
         if context.is_plain and self.distance_embedding is None:
             keep = self._keep(context.bits, packed[0], first_query=0, keys=packed.shape[3])

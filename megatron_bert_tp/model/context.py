@@ -1,9 +1,10 @@
 """What goes through all layers of one forward pass beside the hidden states, and what they leave behind."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from megatron_bert_tp.model.segments import Group, Segments
 from megatron_bert_tp.parallel.random_bits import RandomBits
 
 
@@ -35,7 +36,8 @@ class Context:
     ``mask`` and ``encoder_mask`` are added to scores ``[batch, heads, queries, keys]``; without ``bits`` there
     is no dropout.  ``head_mask`` ``[layers, 1 or batch, heads / size, 1 or queries, 1 or keys]`` multiplies the
     probabilities of this rank's heads.  ``encoder_states`` ``[batch, keys, hidden]`` are what cross-attention
-    looks at, and ``past`` has one cache for each layer.
+    looks at, and ``past`` has one cache for each layer.  With ``segments`` there is one row of several
+    samples, and the masks are the segments' own.
     """
 
     mask: Tensor | None = None
@@ -44,6 +46,7 @@ class Context:
     encoder_states: Tensor | None = None
     encoder_mask: Tensor | None = None
     past: tuple[LayerCache, ...] | None = None
+    segments: Segments | None = None
     keeps_hidden: bool = False
     keeps_probabilities: bool = False
     keeps_cache: bool = False
@@ -58,6 +61,15 @@ class Context:
         return self.encoder_states is not None or (
             self.past is not None and self.past[number].cross is not None
         )
+
+    def of_group(self, group: Group) -> "Context":
+        """The same for the samples of one group, each in a row of its own."""
+        bits = None if self.bits is None else self.bits.of_samples(group.samples)
+        return replace(self, mask=group.mask, bits=bits, segments=None)
+
+    def of_samples(self, hidden: Tensor) -> Tensor:
+        """``[batch, sequence, hidden]`` with a row for each sample, of a packed one its first position alone."""
+        return hidden if self.segments is None else hidden[0].index_select(0, self.segments.firsts)[:, None]
 
     def layer_head_mask(self, number: int) -> Tensor | None:
         """Head mask of one layer."""

@@ -12,6 +12,7 @@ from megatron_bert_tp.model.embeddings import Embeddings
 from megatron_bert_tp.model.encoder import Encoder
 from megatron_bert_tp.model.heads import LanguageHeads, Pooler, classify
 from megatron_bert_tp.model.masks import self_attention_mask
+from megatron_bert_tp.model.segments import Segments
 from megatron_bert_tp.model.shape import PRETRAINING, Head, ModelShape, tied_names
 from megatron_bert_tp.parallel.gradients import TiedWeight
 from megatron_bert_tp.parallel.mesh import Axis
@@ -21,7 +22,7 @@ from megatron_bert_tp.pipeline.partition import StagePlan
 
 
 class StageInput(Protocol):
-    """What a stage reads from a microbatch (`data.batches.Batch` fits it)."""
+    """What a stage reads from a microbatch (`data.batch.Batch` fits it)."""
 
     @property
     def input_ids(self) -> Tensor:
@@ -34,7 +35,13 @@ class StageInput(Protocol):
         """``[batch, sequence]`` bool, True at real tokens; None without padding."""
     @property
     def sample_numbers(self) -> tuple[int, ...]:
-        """``[batch]`` numbers from which dropout bits are drawn."""
+        """``[samples]`` numbers from which dropout bits are drawn; a sample is a row unless rows are packed."""
+    @property
+    def packed_lengths(self) -> tuple[int, ...] | None:
+        """``[samples]`` tokens of the samples one behind another in the only row; None where rows are samples."""
+    @property
+    def position_ids(self) -> Tensor | None:
+        """``[1, sequence]`` int64 place of each token in its sample, for a packed row; else None."""
 
 
 class MaskedInput(StageInput, Protocol):
@@ -116,12 +123,21 @@ class MegatronBertStage(nn.Module):
         The last stage gives what its head computes: `PretrainingLogits`; this rank's logits ``[masked, share]`` at
         the masked positions; ``[batch, classes]``; ``[batch, sequence, classes]``; or the hidden states.
         """
-        bits = RandomBits(self.seed, batch.sample_numbers) if self.training else None
+        bits = RandomBits(self.seed, batch.sample_numbers, batch.packed_lengths) if self.training else None
         if received is None:
-            received = self.bert.embeddings(batch.input_ids, batch.token_type_ids, bits)
-        context = Context(mask=self._mask(batch, received), bits=bits)
+            received = self.bert.embeddings(
+                batch.input_ids, batch.token_type_ids, bits, position_ids=batch.position_ids
+            )
+        context = Context(
+            mask=self._mask(batch, received), bits=bits, segments=self._segments(batch, received)
+        )
         hidden: Tensor = self.bert.encoder(received, context).hidden
-        return self._output(hidden, batch, bits) if self.plan.is_last else hidden
+        return self._output(hidden, batch, context) if self.plan.is_last else hidden
+
+    def _segments(self, batch: StageInput, hidden: Tensor) -> Segments | None:
+        if batch.packed_lengths is None:
+            return None
+        return Segments.of(batch.packed_lengths, is_causal=self.shape.is_decoder, like=hidden)
 
     def _mask(self, batch: StageInput, hidden: Tensor) -> Tensor | None:
         length = hidden.shape[1]
@@ -129,17 +145,21 @@ class MegatronBertStage(nn.Module):
             batch.attention_mask, queries=length, keys=length, is_causal=self.shape.is_decoder, like=hidden
         )
 
-    def _output(self, hidden: Tensor, batch: StageInput, bits: RandomBits | None) -> Output:
+    def _output(self, hidden: Tensor, batch: StageInput, context: Context) -> Output:
+        if self.head.linear and not self.head.has_pooler:
+            return self.logits_of_classes(hidden, context.bits)
+        samples = context.of_samples(hidden)
         if self.head.linear:
-            return self.logits_of_classes(self.bert.pooler(hidden) if self.head.has_pooler else hidden, bits)
+            bits = None if context.bits is None else context.bits.of_samples()
+            return self.logits_of_classes(self.bert.pooler(samples), bits)
         if not self.head.has_predictions:
-            return self._next_sentence(hidden) if self.head.has_next_sentence else hidden
+            return self._next_sentence(samples) if self.head.has_next_sentence else hidden
         rows = hidden.flatten(0, 1).index_select(0, cast(MaskedInput, batch).masked_positions)
         masked: Tensor = self.cls.predictions(rows)
-        return PretrainingLogits(masked, self._next_sentence(hidden)) if self.head.has_next_sentence else masked
+        return PretrainingLogits(masked, self._next_sentence(samples)) if self.head.has_next_sentence else masked
 
-    def _next_sentence(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.cls.seq_relationship(self.bert.pooler(hidden))
+    def _next_sentence(self, samples: Tensor) -> Tensor:
+        logits: Tensor = self.cls.seq_relationship(self.bert.pooler(samples))
         return logits
 
     def logits_of_classes(self, states: Tensor, bits: RandomBits | None) -> Tensor:

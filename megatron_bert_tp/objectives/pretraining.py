@@ -19,7 +19,7 @@ from megatron_bert_tp.parallel.mesh import Axis
 
 
 class Labels(Protocol):
-    """What the objective reads from a microbatch (`data.batches.Batch` fits it)."""
+    """What the objective reads from a microbatch (`data.batch.Batch` fits it)."""
 
     @property
     def masked_labels(self) -> Tensor:

@@ -8,7 +8,8 @@ read as a signed number, is at least ``round(p * 65536) - 32768``.  Elements are
 positions, never the padded length of a batch.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, cast
 
@@ -35,10 +36,14 @@ class Place(IntEnum):
 
 @dataclass(frozen=True)
 class RandomBits:
-    """The random bits of one microbatch; ``samples`` are sample numbers counted over all epochs."""
+    """The random bits of one microbatch; ``samples`` are sample numbers counted over all epochs.
+
+    Without ``lengths`` each sample is a row.  With them, the samples stand one behind another in a single row.
+    """
 
     seed: int
     samples: tuple[int, ...]
+    lengths: tuple[int, ...] | None = None
     _generator: np.random.Philox = field(default_factory=lambda: np.random.Philox(key=0), compare=False)
 
     def lanes(self, sample: int, *, layer: int, place: Place, start: int, count: int) -> NDArray[np.int16]:
@@ -54,12 +59,27 @@ class RandomBits:
         return lanes[skipped : skipped + count]
 
     def hidden(self, layer: int, place: Place, *, positions: int, features: int) -> Tensor:
-        """Lanes ``[samples, positions, features]`` for hidden states; element = position x features + feature."""
-        drawn = [
-            self.lanes(sample, layer=layer, place=place, start=0, count=positions * features)
-            for sample in self.samples
-        ]
-        return torch.from_numpy(np.stack(drawn)).view(-1, positions, features)
+        """Lanes ``[rows, positions, features]`` for hidden states; element = position x features + feature.
+
+        The position is that in the sample.  Those of a packed row that belong to no sample are kept.
+        """
+        if self.lengths is None:
+            lengths, num_rows = (positions,) * len(self.samples), len(self.samples)
+        else:
+            lengths, num_rows = self.lengths, 1
+        drawn = np.empty((num_rows * positions, features), dtype=np.int16)
+        end = 0
+        for sample, length in zip(self.samples, lengths, strict=True):
+            lanes = self.lanes(sample, layer=layer, place=place, start=0, count=length * features)
+            drawn[end : end + length] = lanes.reshape(length, features)
+            end += length
+        drawn[end:] = np.iinfo(np.int16).max
+        return torch.from_numpy(drawn).view(num_rows, positions, features)
+
+    def of_samples(self, places: Sequence[int] | None = None) -> "RandomBits":
+        """The bits of the samples at ``places`` (all of them by default), each a row of its own."""
+        samples = self.samples if places is None else tuple(self.samples[place] for place in places)
+        return replace(self, samples=samples, lengths=None)
 
     def attention(
         self,

@@ -13,6 +13,7 @@ from megatron_bert_tp.checkpoint.model import check_model
 from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.schema import Config, ModelConfig
+from megatron_bert_tp.data.loader import Loading, StepLoader
 from megatron_bert_tp.data.tokenizer import Tokenizer
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.formats.tokenizer_files import LIBRARY, VOCABULARY
@@ -58,7 +59,7 @@ def pretrain(config: Config, environment: LaunchEnvironment) -> None:
             pipeline=config.parallel.pipeline,
             timeout=timeout,
         )
-        texts = open_texts(config, mesh.data)
+        texts = open_texts(config, mesh.data, say=print if environment.is_first else _say_nothing)
         checkpoint = checkpoint_to_resume(config, environment, device)
         trainer = build_trainer(config, mesh, texts, device=device, checkpoint=checkpoint)
         prepare(config, environment, device)
@@ -66,6 +67,7 @@ def pretrain(config: Config, environment: LaunchEnvironment) -> None:
         directory = RunDirectory(config, environment, mesh=mesh, device=device, reporter=reporter)
         directory.say(_opening(config, environment, texts, trainer, checkpoint))
         trainer.run(directory)
+        directory.say(_epochs(texts, trainer.samples_done))
         directory.say(f"peak memory of a rank: {peak_memory(mesh, device):.2f} GiB")
         barrier()
 
@@ -109,12 +111,24 @@ def build_trainer(
         optimizer,
         gradients,
         texts,
+        _steps(config, texts, device),
         mesh=mesh,
         device=device,
         pace=_pace(config),
         steps_done=checkpoint.step if checkpoint else 0,
         samples_done=samples_done(checkpoint) if checkpoint else 0,
     )
+
+
+def _steps(config: Config, texts: Texts, device: torch.device) -> StepLoader:
+    loading = Loading(
+        num_workers=config.run.data_workers,
+        pins_memory=device.type == "cuda",
+        timeout_seconds=config.run.timeout_seconds,
+    )
+    global_batch = config.optimizer.global_batch
+    end = config.optimizer.steps * global_batch
+    return StepLoader(texts.training.take, global_batch=global_batch, end=end, loading=loading)
 
 
 def model_shape(config: Config) -> ModelShape:
@@ -217,5 +231,22 @@ def _opening(
         f"{environment.world_size} processes: data {mesh.data.size} x pipeline {parallel.pipeline} x tensor "
         f"{parallel.tensor}; {trainer.device.type}, {config.optimizer.precision}, {parallel.schedule}, layers "
         f"{layers}\n"
-        f"{texts.training.num_samples_per_epoch:,} samples an epoch from {config.data.corpus}; {start}"
+        f"{_corpora(texts, config.optimizer.steps * config.optimizer.global_batch)}; {start}"
     )
+
+
+def _corpora(texts: Texts, num_samples: int) -> str:
+    """Samples an epoch of each corpus, and epochs of the whole run."""
+    return "; ".join(
+        f"{row.samples_per_epoch:,} samples an epoch from {row.prefix}, {row.epochs:.2f} epochs in all"
+        for row in texts.source.epochs(num_samples)
+    )
+
+
+def _epochs(texts: Texts, samples_done: int) -> str:
+    rows = texts.source.epochs(samples_done)
+    return "read: " + ", ".join(f"{row.epochs:.2f} epochs of {row.prefix}" for row in rows)
+
+
+def _say_nothing(_text: str) -> None:
+    """On all ranks but the first, which says it for them."""

@@ -121,7 +121,8 @@ def step_line(record: Record, steps: int) -> str:
         f"step {record['step']:>6}/{steps}  loss {record['loss']:.4f}  mlm {record['mlm_loss']:.4f} "
         f"({100 * float(record['mlm_accuracy']):.1f}%)  nsp {record['nsp_loss']:.4f} "
         f"({100 * float(record['nsp_accuracy']):.0f}%)  norm {record['grad_norm']:.3f}  "
-        f"rate {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s  left {left}"
+        f"rate {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s  "
+        f"data {record['data_seconds']:.2f} s  left {left}"
     )
 
 

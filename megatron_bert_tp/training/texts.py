@@ -1,16 +1,18 @@
-"""The text side of a run: corpus, tokenizer, split, and the batches of training and evaluation."""
+"""The text side of a run: corpora, tokenizer, split, and the batches of training and evaluation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megatron_bert_tp.config.schema import Config
-from megatron_bert_tp.data.batches import Batch, PretrainingBatches
+from megatron_bert_tp.data.batch import Batch
+from megatron_bert_tp.data.batches import PretrainingBatches
 from megatron_bert_tp.data.corpus import Corpus, check_token_ids, check_tokenizer
-from megatron_bert_tp.data.draws import Ints
-from megatron_bert_tp.data.sampler import BatchShare
-from megatron_bert_tp.data.splits import split_documents
+from megatron_bert_tp.data.packing import Cutting
+from megatron_bert_tp.data.source import SampleSource, SourceSettings
+from megatron_bert_tp.data.splits import PartName
 from megatron_bert_tp.data.tokenizer import Tokenizer
 from megatron_bert_tp.data.unigram import unigram_counts, unigram_cross_entropy
 from megatron_bert_tp.errors import DataError
@@ -22,8 +24,8 @@ from megatron_bert_tp.parallel.mesh import Axis
 class Texts:
     """What a run reads: ``validation`` is None when nothing is evaluated."""
 
-    corpus: Corpus
-    training_documents: Ints
+    source: SampleSource
+    """Samples of the training part."""
     training: PretrainingBatches
     validation: PretrainingBatches | None
     vocab_size: int
@@ -31,12 +33,17 @@ class Texts:
     def unigram_loss(self, batches: list[Batch]) -> float:
         """Cross entropy, in nats, of the masked targets of ``batches`` under the training part's frequencies."""
         labels = np.concatenate([batch.masked_labels.cpu().numpy() for batch in batches])
-        counts = unigram_counts(self.corpus, self.training_documents, self.vocab_size)
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for number, corpus in enumerate(self.source.corpora):
+            counts += unigram_counts(corpus, self.source.documents(number), self.vocab_size)
         return unigram_cross_entropy(counts, labels[labels != IGNORED])
 
 
-def open_texts(config: Config, data: Axis) -> Texts:
-    """Open and check everything that ``config.data`` names, for this replica of the ``data`` axis."""
+def open_texts(config: Config, data: Axis, *, say: Callable[[str], None]) -> Texts:
+    """Open and check everything that ``config.data`` names, for this replica of the ``data`` axis.
+
+    ``say`` is told what takes its time: a sample index that is built, or for which another process is awaited.
+    """
     tokenizer = Tokenizer.load(Path(config.data.tokenizer), config.data.lowercase)
     if tokenizer.size > config.model.vocab_size:
         raise DataError(
@@ -48,36 +55,51 @@ def open_texts(config: Config, data: Axis) -> Texts:
             f"[PAD] has the id {tokenizer.vocabulary.pad_id} in {config.data.tokenizer}, but model.pad_token_id "
             f"is {config.model.pad_token_id}; set model.pad_token_id={tokenizer.vocabulary.pad_id}"
         )
-    corpus = Corpus.open(Path(config.data.corpus))
-    check_tokenizer(corpus, sha256=tokenizer.sha256, lowercase=tokenizer.lowercase)
-    check_token_ids(corpus, tokenizer.size)
-    training, validation, _test = split_documents(corpus.num_documents, config.data.split)
-    evaluates = config.run.evaluation_samples > 0
+    corpora = [_open_corpus(Path(prefix), tokenizer) for prefix in config.data.corpus]
+    settings = _source_settings(config)
+
+    def source(part: PartName) -> SampleSource:
+        return SampleSource.open(corpora, part=part, settings=settings, say=say)
+
+    training = source("training")
     return Texts(
-        corpus,
         training,
-        _batches(config, corpus, tokenizer, training, data),
-        _batches(config, corpus, tokenizer, validation, data) if evaluates else None,
+        _batches(config, training, tokenizer, data),
+        _batches(config, source("validation"), tokenizer, data) if config.run.evaluation_samples > 0 else None,
         config.model.vocab_size,
     )
 
 
-def _batches(
-    config: Config, corpus: Corpus, tokenizer: Tokenizer, documents: Ints, data: Axis
-) -> PretrainingBatches:
-    share = BatchShare(
-        global_batch=config.optimizer.global_batch,
-        microbatch=config.parallel.microbatch,
-        data_rank=data.rank,
-        data_size=data.size,
-    )
-    return PretrainingBatches(
-        corpus,
-        tokenizer.vocabulary,
-        documents,
+def _open_corpus(prefix: Path, tokenizer: Tokenizer) -> Corpus:
+    corpus = Corpus.open(prefix)
+    check_tokenizer(corpus, sha256=tokenizer.sha256, lowercase=tokenizer.lowercase)
+    check_token_ids(corpus, tokenizer.size)
+    return corpus
+
+
+def _source_settings(config: Config) -> SourceSettings:
+    return SourceSettings(
+        split=config.data.split,
         sequence_length=config.data.sequence_length,
         short_share=config.objective.short_sequences,
+        pairs=config.objective.pairs,
+        seed=config.optimizer.seed,
+        weights=config.data.weights,
+        index_cache=Path(config.run.index_cache) if config.run.index_cache else None,
+        wait_seconds=config.run.timeout_seconds,
+    )
+
+
+def _batches(config: Config, source: SampleSource, tokenizer: Tokenizer, data: Axis) -> PretrainingBatches:
+    parallel = config.parallel
+    size = parallel.microbatch if parallel.packing == "none" else parallel.microbatch_tokens
+    assert size is not None, "the rules of the settings ask for the one that packing needs"
+    return PretrainingBatches(
+        source,
+        tokenizer.vocabulary,
+        sequence_length=config.data.sequence_length,
         masking=config.objective.masking,
         seed=config.optimizer.seed,
-        share=share,
+        global_batch=config.optimizer.global_batch,
+        cutting=Cutting(packing=parallel.packing, size=size, data_rank=data.rank, data_size=data.size),
     )

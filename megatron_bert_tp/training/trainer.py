@@ -6,11 +6,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_bert_tp.data.batches import Batch
+from megatron_bert_tp.data.batch import Batch
 from megatron_bert_tp.errors import TrainingError
 from megatron_bert_tp.model.stage import MegatronBertStage, PretrainingLogits
 from megatron_bert_tp.objectives.pretraining import Counts, Losses, count, losses_of_step, microbatch_loss
@@ -26,6 +27,23 @@ from megatron_bert_tp.training.run_directory import RunDirectory
 from megatron_bert_tp.training.texts import Texts
 
 _NUM_STATISTICS = 4
+
+
+class Steps(Protocol):
+    """Where the microbatches of training come from (`data.loader.StepLoader` fits it)."""
+
+    def take(self, samples_done: int) -> list[Batch]:
+        """This replica's microbatches of the step that follows ``samples_done`` samples."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pass over all microbatches of all ranks read and computed."""
+
+    tokens: int
+    """Real tokens."""
+    positions: int
+    """Positions that were computed, padding included."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +69,9 @@ class StepReport:
     losses: Losses
     grad_norm: float
     learning_rate: float
-    tokens: int
+    work: Work
+    data_seconds: float
+    """Time that this rank has waited for its batches."""
 
 
 class Trainer:
@@ -63,6 +83,7 @@ class Trainer:
         optimizer: torch.optim.AdamW,
         gradients: Gradients,
         texts: Texts,
+        steps: Steps,
         *,
         mesh: ParallelMesh,
         device: torch.device,
@@ -70,7 +91,8 @@ class Trainer:
         steps_done: int = 0,
         samples_done: int = 0,
     ) -> None:
-        self.stage, self.optimizer, self.gradients, self.texts = stage, optimizer, gradients, texts
+        self.stage, self.optimizer, self.gradients = stage, optimizer, gradients
+        self.texts, self.steps = texts, steps
         self.mesh, self.device, self.pace = mesh, device, pace
         self.steps_done, self.samples_done = steps_done, samples_done
         self._programs: dict[tuple[str, int], Program] = {}
@@ -95,10 +117,13 @@ class Trainer:
 
     def train_step(self) -> StepReport:
         """One optimizer step over the global batch."""
-        batches = [batch.to(self.device) for batch in self.texts.training.take(self.samples_done)]
+        started = time.perf_counter()
+        taken = self.steps.take(self.samples_done)
+        data_seconds = time.perf_counter() - started
+        batches = [batch.to(self.device) for batch in taken]
         counts = count(batches, self.mesh.data, self.device)
         self.gradients.clear()
-        losses, tokens = self._run(self.pace.pipeline_schedule, batches, counts)
+        losses, work = self._run(self.pace.pipeline_schedule, batches, counts)
         norm = self.gradients.reduce_and_norm()
         self._require_finite(losses, norm)
         self.gradients.clip_(norm, self.pace.clip_norm)
@@ -106,7 +131,7 @@ class Trainer:
         step_(self.optimizer, rate)
         self.steps_done += 1
         self.samples_done += self.pace.global_batch
-        return StepReport(self.steps_done, self.samples_done, losses, norm, rate, tokens)
+        return StepReport(self.steps_done, self.samples_done, losses, norm, rate, work, data_seconds)
 
     def evaluate(self) -> tuple[Losses, Counts]:
         """Losses on the held-out part: the same samples and masks every time, without dropout."""
@@ -117,22 +142,24 @@ class Trainer:
         self.stage.train()
         return losses, counts
 
-    def _run(self, schedule: str, batches: Sequence[Batch], counts: Counts) -> tuple[Losses, int]:
-        """Walk the program; losses and number of tokens of all ranks, equal on each of them."""
+    def _run(self, schedule: str, batches: Sequence[Batch], counts: Counts) -> tuple[Losses, Work]:
+        """Walk the program; losses and work of all ranks, equal on each of them."""
 
         def criterion(output: PretrainingLogits, batch: Batch) -> tuple[Tensor, Tensor]:
             num_classes = self.stage.shape.vocab_size
             return microbatch_loss(output, batch, counts, num_classes=num_classes, tensor=self.mesh.tensor)
 
         executor = Executor[Batch](self.stage, criterion, axis=self.mesh.pipeline, device=self.device)
-        statistics = executor.run(self._program(schedule, len(batches)), batches) if batches else []
-        totals = torch.zeros(_NUM_STATISTICS + 1, dtype=torch.float64, device=self.device)
+        statistics = executor.run(self._program(schedule, len(batches)), batches)
+        totals = torch.zeros(_NUM_STATISTICS + 2, dtype=torch.float64, device=self.device)
         for values in statistics:
             totals[:_NUM_STATISTICS] += values
         if self.mesh.pipeline.is_last:
             totals[_NUM_STATISTICS] = sum(batch.num_tokens for batch in batches)
+            totals[_NUM_STATISTICS + 1] = sum(batch.input_ids.numel() for batch in batches)
         sum_over_(sum_over_(totals, self.mesh.data), self.mesh.pipeline)
-        return losses_of_step(totals[:_NUM_STATISTICS], counts), int(totals[_NUM_STATISTICS].item())
+        tokens, positions = map(int, totals[_NUM_STATISTICS:].tolist())
+        return losses_of_step(totals[:_NUM_STATISTICS], counts), Work(tokens, positions)
 
     def _program(self, schedule: str, num_microbatches: int) -> Program:
         key = schedule, num_microbatches
@@ -196,8 +223,10 @@ def _record(report: StepReport, seconds: deque[float], steps: int) -> dict[str, 
         **_loss_fields(report.losses),
         "grad_norm": report.grad_norm,
         "learning_rate": report.learning_rate,
-        "tokens": report.tokens,
-        "tokens_per_second": report.tokens / seconds[-1],
+        "tokens": report.work.tokens,
+        "tokens_per_second": report.work.tokens / seconds[-1],
+        "padding": 1 - report.work.tokens / report.work.positions,
         "seconds": seconds[-1],
+        "data_seconds": report.data_seconds,
         "seconds_left": (steps - report.step) * median(seconds),
     }

@@ -76,7 +76,13 @@ BAD = [
     ("model.weights", "''", "must not be empty"),
     ("data.corpus", "null", TEXT),
     ("data.corpus", "2026", TEXT),
-    ("data.corpus", "[a, b]", TEXT),
+    ("data.corpus", "[]", TEXT),
+    ("data.corpus", "[a, 7]", TEXT),
+    ("data.corpus", "[a, [b]]", TEXT),
+    ("data.corpus", "[a, b, a]", "must name each corpus once"),
+    ("data.weights", "[1, x]", NUMBER),
+    ("data.weights", "[0.5, 0.5]", "must hold a share above 0 for each of the 1 corpora"),
+    ("data.weights", "0", "must hold a share above 0"),
     ("data.corpus", "'  '", "must not be empty"),
     ("data.corpus", '"a\\nb"', "printable"),
     ("data.corpus", '"a\\0b"', "printable"),
@@ -98,8 +104,9 @@ BAD = [
     ("data.sequence_length", "7", "must be at least 8"),
     ("data.sequence_length", "65", "max_position_embeddings (64)"),
     ("data.sequence_length", "64.5", INTEGER),
-    ("objective.pairs", "sop", "must be nsp"),
-    ("objective.pairs", "[nsp]", "must be nsp"),
+    ("objective.pairs", "order", "must be nsp, sop or none"),
+    ("objective.pairs", "[nsp]", "must be nsp, sop or none"),
+    ("objective.pairs", "null", "must be nsp, sop or none"),
     ("objective.short_sequences", "1.1", "at most 1"),
     ("objective.short_sequences", "-1", "must be at least 0"),
     ("objective.masking.probability", "0", "must be above 0"),
@@ -110,6 +117,12 @@ BAD = [
     ("objective.masking.random_share", "-0.1", "must be at least 0"),
     ("objective.masking.random_share", "eighty", NUMBER),
     ("objective.masking.whole_words", "y", TRUTH),
+    ("objective.masking.longest_span", "0", "must be at least 1"),
+    ("objective.masking.longest_span", "65", "at most 64"),
+    ("objective.masking.span_lengths", "uniform", "must be inverse or geometric"),
+    ("objective.masking.span_stop", "0", "must be above 0"),
+    ("objective.masking.span_stop", "1", "below 1"),
+    ("objective.masking.maximum", "0", "must be at least 1"),
     ("optimizer.name", "sgd", "must be adamw"),
     ("optimizer.name", "AdamW", "must be adamw"),
     ("optimizer.global_batch", "0", "must be at least 1"),
@@ -146,6 +159,9 @@ BAD = [
     ("parallel.schedule", "1F1B", "must be gpipe or 1f1b"),
     ("parallel.microbatch", "0", "must be at least 1"),
     ("parallel.microbatch", "auto", INTEGER),
+    ("parallel.microbatch", "null", "is required where parallel.packing is none"),
+    ("parallel.packing", "yes", "must be none, bins or packed"),
+    ("parallel.microbatch_tokens", "7", "must be at least 8"),
     ("parallel.bucket_megabytes", "0", "must be at least 1"),
     ("parallel.bucket_megabytes", "4097", "at most 4096"),
     ("run.directory", "null", TEXT),
@@ -155,6 +171,9 @@ BAD = [
     ("run.keep_last", "0", "must be at least 1"),
     ("run.evaluate_every", "0", "must be at least 1"),
     ("run.evaluation_samples", "-1", "must be at least 0"),
+    ("run.index_cache", "''", "must not be empty"),
+    ("run.data_workers", "-1", "must be at least 0"),
+    ("run.data_workers", "100", "at most 64"),
     ("run.log_every", "0", "must be at least 1"),
     ("run.device", "gpu", "must be auto, cpu or cuda"),
     ("run.device", "CPU", "must be auto, cpu or cuda"),
@@ -163,6 +182,7 @@ BAD = [
 ]
 
 REQUIRED = [path for path, row in all_settings().items() if row.is_required]
+REQUIRED_BY_A_RULE = {"parallel.microbatch"}
 MISSPELT = [
     ("model.hidden_sise", "48", "model.hidden_size"),
     ("model.layers", "5", "model.num_hidden_layers"),
@@ -213,7 +233,7 @@ def test_section_without_any_required_setting_is_one_problem(complaint: Complain
     assert "requires corpus and tokenizer" in message
 
 
-@pytest.mark.parametrize("path", sorted(set(all_settings()) - set(REQUIRED)))
+@pytest.mark.parametrize("path", sorted(set(all_settings()) - set(REQUIRED) - REQUIRED_BY_A_RULE))
 def test_setting_with_a_default_may_be_left_out(load: Callable[..., Config], path: str):
     assert load({"model.max_position_embeddings": "512", path: None})
 
@@ -223,6 +243,23 @@ def test_unknown_setting_gets_a_suggestion_across_sections(complaint: Complaint,
     message = complaint({path: text})
     assert "is no setting" in message
     assert re.search(rf"did you mean (.* or )?{re.escape(meant)}( or .*)?\?", message)
+
+
+@pytest.mark.parametrize("packing", ["bins", "packed"])
+def test_packing_needs_room_for_a_sample_instead_of_a_microbatch(load, complaint: Complaint, packing: str):
+    packed = {"parallel.packing": packing, "parallel.microbatch": None, "optimizer.global_batch": "61"}
+    for tokens in (None, "56"):
+        message = complaint({**packed, "parallel.microbatch_tokens": tokens})
+        assert "must be at least data.sequence_length (64)" in problem_of(message, "parallel.microbatch_tokens", "")
+    assert load({**packed, "parallel.microbatch_tokens": "64"}).parallel.microbatch is None
+
+
+def test_blend_has_a_weight_for_each_corpus(load, complaint: Complaint):
+    assert load({"data.corpus": "[a, b]", "data.weights": "[2, 1]"}).data.weights == (2.0, 1.0)
+    assert load({"data.corpus": "[a, b]"}).data.corpus == ("a", "b")
+    for weights in ("[1]", "[1, 0]", "[1, 1, 1]"):
+        message = complaint({"data.corpus": "[a, b]", "data.weights": weights})
+        assert problem_of(message, "data.weights", "a share above 0 for each of the 2 corpora of data.corpus")
 
 
 def test_unknown_setting_like_no_other_lists_its_section(complaint: Complaint):

@@ -82,7 +82,7 @@ def test_defaults_are_those_of_the_schema(load: Load):
     values = flat(
         load({"model.max_position_embeddings": None, "data.sequence_length": None, "parallel.tensor": None})
     )
-    given = {"optimizer.steps", "parallel.pipeline"}
+    given = {"optimizer.steps", "parallel.pipeline", "parallel.microbatch"}
     for path, row in all_settings().items():
         if not row.is_required and path not in given:
             assert values[path] == row.default

@@ -3,9 +3,12 @@
 import numpy as np
 
 from megatron_bert_tp.config.schema import MaskingConfig
-from megatron_bert_tp.data.batches import Batch, PretrainingBatches
+from megatron_bert_tp.data.batch import Batch
+from megatron_bert_tp.data.batches import PretrainingBatches
 from megatron_bert_tp.data.corpus import Corpus
-from megatron_bert_tp.data.sampler import BatchShare
+from megatron_bert_tp.data.packing import Cutting
+from megatron_bert_tp.data.source import SampleSource, SourceSettings
+from megatron_bert_tp.data.spans import build_spans
 from megatron_bert_tp.data.tokenizer import Vocabulary
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -29,18 +32,34 @@ def random_shape(num_documents: int, seed: int = 0, *, sentences: tuple[int, int
     return [draws.integers(1, 40, size=draws.integers(*sentences)).tolist() for _ in range(num_documents)]
 
 
-def make_batches(corpus: Corpus, vocabulary: Vocabulary, **changes) -> PretrainingBatches:
-    """Batches over a whole corpus, with settings that a test may change."""
-    settings = {
-        "documents": np.arange(corpus.num_documents),
-        "sequence_length": 64,
-        "short_share": 0.1,
-        "masking": MaskingConfig(),
-        "seed": 1234,
-        "share": BatchShare(global_batch=16, microbatch=4),
-    }
-    settings.update(changes)
-    return PretrainingBatches(corpus, vocabulary, settings.pop("documents"), **settings)
+def make_source(corpus: Corpus, documents: np.ndarray | None = None, **changes) -> SampleSource:
+    """Samples of a whole corpus or of some documents, with settings that a test may change."""
+    values = {"sequence_length": 64, "short_share": 0.1, "pairs": "nsp", "seed": 1234}
+    values.update(changes)
+    documents = np.arange(corpus.num_documents) if documents is None else documents
+    spans = build_spans(corpus, documents, **values)
+    return SampleSource([corpus], [spans], "training", SourceSettings(split=(1.0, 0.0, 0.0), **values))
+
+
+def make_batches(
+    corpus: Corpus,
+    vocabulary: Vocabulary,
+    *,
+    documents: np.ndarray | None = None,
+    masking: MaskingConfig | None = None,
+    cutting: Cutting | None = None,
+    **changes,
+) -> PretrainingBatches:
+    """Batches of 16 samples, cut to 4 unless a test says otherwise, over `make_source`."""
+    return PretrainingBatches(
+        make_source(corpus, documents, **changes),
+        vocabulary,
+        sequence_length=changes.get("sequence_length", 64),
+        masking=masking or MaskingConfig(),
+        seed=changes.get("seed", 1234),
+        global_batch=16,
+        cutting=cutting or Cutting(packing="none", size=4),
+    )
 
 
 def restored(batch: Batch) -> np.ndarray:
@@ -64,3 +83,24 @@ def halves(row: np.ndarray, *, cls: int = 2, sep: int = 3) -> tuple[np.ndarray, 
     assert row[0] == cls
     assert (row[last + 1 :] == 0).all()
     return row[1:first], row[first + 1 : last]
+
+
+def samples_of(batch: Batch) -> dict[int, tuple[list[int], list[int], list[int], int]]:
+    """Each sample by its number as (shown ids, types, masked columns, label), without padding, packed or not."""
+    if batch.packed_lengths is None:
+        rows = range(len(batch.input_ids)) if batch.num_tokens else []
+        lengths = (restored(batch) != 0).sum(axis=1)
+        places = [(row, slice(0, lengths[row])) for row in rows]
+    else:
+        ends = np.cumsum(batch.packed_lengths).tolist()
+        places = [(0, slice(end - length, end)) for end, length in zip(ends, batch.packed_lengths, strict=True)]
+    masked, labels = is_masked(batch), batch.next_sentence_labels.tolist()
+    return {
+        batch.sample_numbers[n]: (
+            batch.input_ids[row, part].tolist(),
+            batch.token_type_ids[row, part].tolist(),
+            np.flatnonzero(masked[row, part]).tolist(),
+            labels[n],
+        )
+        for n, (row, part) in enumerate(places)
+    }

@@ -6,7 +6,7 @@ import torch
 
 from megatron_bert_tp.data.corpus import Corpus, check_token_ids
 from megatron_bert_tp.data.preprocess import preprocess
-from megatron_bert_tp.data.sampler import BatchShare
+from megatron_bert_tp.data.packing import Cutting
 from megatron_bert_tp.data.splits import split_documents
 from megatron_bert_tp.data.tokenizer import Tokenizer
 from tests.data.corpora import (
@@ -17,6 +17,7 @@ from tests.data.corpora import (
     numbered_vocabulary,
     random_shape,
     restored,
+    samples_of,
 )
 
 
@@ -28,21 +29,6 @@ def corpus(write_corpus):
 @pytest.fixture(scope="module")
 def vocabulary():
     return numbered_vocabulary()
-
-
-def samples_of(batch):
-    """Each sample as (number, shown ids, types, masked columns, label), without padding."""
-    lengths = (restored(batch) != 0).sum(axis=1)
-    masked = is_masked(batch)
-    return {
-        number: (
-            batch.input_ids[row, : lengths[row]].tolist(),
-            batch.token_type_ids[row, : lengths[row]].tolist(),
-            np.flatnonzero(masked[row]).tolist(),
-            int(batch.next_sentence_labels[row]),
-        )
-        for row, number in enumerate(batch.sample_numbers)
-    }
 
 
 def test_fields_of_a_batch_fit_together(corpus, vocabulary):
@@ -101,7 +87,7 @@ def test_a_sample_is_a_pure_function_of_seed_and_number(corpus, vocabulary):
 def test_an_epoch_has_every_span_once_and_masks_of_its_own(corpus, vocabulary):
     batches = make_batches(corpus, vocabulary)
     count = batches.num_samples_per_epoch
-    spans = batches._order.spans(np.arange(2 * count)).reshape(2, count)
+    spans = batches._samples._orders[0].spans(np.arange(2 * count)).reshape(2, count)
     assert np.sort(spans, axis=1).tolist() == [list(range(count))] * 2
     samples = samples_of(batches.batch(np.arange(2 * count)))
     number_of = [{int(span): epoch * count + n for n, span in enumerate(spans[epoch])} for epoch in (0, 1)]
@@ -109,18 +95,49 @@ def test_an_epoch_has_every_span_once_and_masks_of_its_own(corpus, vocabulary):
     assert same < 0.05 * count
 
 
+CUTTINGS = {"none": 4, "bins": 256, "packed": 256}
+
+
+@pytest.mark.parametrize("packing", CUTTINGS)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_data_ranks_share_the_same_samples_for_any_size(corpus, vocabulary, size):
+def test_data_ranks_share_the_same_samples_for_any_size_and_packing(corpus, vocabulary, size, packing):
     alone = {}
     for batch in make_batches(corpus, vocabulary).take(48):
         alone.update(samples_of(batch))
     assert sorted(alone) == list(range(48, 64))
     dealt = {}
     for rank in range(size):
-        share = BatchShare(global_batch=16, microbatch=4, data_rank=rank, data_size=size)
-        for batch in make_batches(corpus, vocabulary, share=share).take(48):
+        cutting = Cutting(packing=packing, size=CUTTINGS[packing], data_rank=rank, data_size=size)
+        for batch in make_batches(corpus, vocabulary, cutting=cutting).take(48):
             dealt.update(samples_of(batch))
     assert dealt == alone
+
+
+def test_packed_rows_hold_their_samples_one_behind_another(corpus, vocabulary):
+    cutting = Cutting(packing="packed", size=250)
+    made = make_batches(corpus, vocabulary, short_share=0.5, cutting=cutting).take(16)
+    assert len(made) > 2
+    for batch in made:
+        assert batch.packed_lengths is not None
+        assert batch.attention_mask is None
+        num_tokens = sum(batch.packed_lengths)
+        assert batch.num_tokens == num_tokens <= 248
+        assert batch.input_ids.shape == (1, -(-num_tokens // 8) * 8)
+        assert (batch.input_ids[0, num_tokens:] == 0).all()
+        restarting = [place for length in batch.packed_lengths for place in range(length)]
+        assert batch.position_ids[0, :num_tokens].tolist() == restarting
+        assert (batch.input_ids[0, [n for n, place in enumerate(restarting) if place == 0]] == 2).all()
+        assert len(batch.next_sentence_labels) == len(batch.sample_numbers) == len(batch.packed_lengths)
+        assert len(batch.masked_labels) % 64 == 0
+        assert {batch.position_ids.dtype, batch.input_ids.dtype, batch.token_type_ids.dtype} == {torch.int64}
+
+
+def test_a_replica_without_samples_gets_padding_with_nothing_to_predict(corpus, vocabulary):
+    cutting = Cutting(packing="none", size=16, data_rank=1, data_size=2)
+    (batch,) = make_batches(corpus, vocabulary, cutting=cutting).take(0)
+    assert batch.input_ids.tolist() == [[0] * 8]
+    assert set(batch.masked_labels.tolist()) == set(batch.next_sentence_labels.tolist()) == {-100}
+    assert batch.num_tokens == 0
 
 
 def test_microbatches_of_a_step_equal_those_built_alone(corpus, vocabulary):
@@ -141,7 +158,6 @@ def test_evaluation_is_static_and_at_most_an_epoch(corpus, vocabulary):
     assert [batch.sample_numbers for batch in first] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
     assert [samples_of(batch) for batch in first] == [samples_of(batch) for batch in again]
     assert sum(len(batch.sample_numbers) for batch in batches.evaluation(10 * count)) == count
-    assert batches.evaluation(0) == []
 
 
 def test_moved_batch_keeps_every_field(corpus, vocabulary):

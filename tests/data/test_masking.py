@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from megatron_bert_tp.config.schema import MaskingConfig
-from megatron_bert_tp.data.masking import _fill
 from tests.data.corpora import (
     FIRST,
     halves,
@@ -116,18 +115,3 @@ def test_shortest_samples_have_one_masked_token(write_corpus):
     corpus = write_corpus(numbered_documents([[1, 1]] * 20))
     batch = make_batches(corpus, numbered_vocabulary(), masking=MaskingConfig(whole_words=False))
     assert is_masked(batch.batch(np.arange(200))).sum(axis=1).tolist() == [1] * 200
-
-
-def fill_one_by_one(sizes, budget):
-    taken = []
-    for size in sizes:
-        taken.append(size <= budget)
-        budget -= size if taken[-1] else 0
-    return taken
-
-
-def test_budget_is_filled_as_word_by_word():
-    draws = np.random.default_rng(0)
-    sizes, budget = draws.integers(1, 9, size=(3000, 30)), draws.integers(1, 60, size=3000)
-    expected = [fill_one_by_one(row, limit) for row, limit in zip(sizes.tolist(), budget.tolist(), strict=True)]
-    assert _fill(sizes, budget).tolist() == expected

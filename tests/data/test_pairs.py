@@ -114,7 +114,8 @@ def test_truncation_leaves_the_lengths_of_the_references_loop():
     draws = np.random.default_rng(0)
     a, b, target = draws.integers(1, 60, 3000), draws.integers(1, 60, 3000), draws.integers(2, 70, 3000)
     first_b = np.full(3000, 1000)
-    pairs = Pairs(np.zeros(3000, dtype=np.int64), a, first_b, b, np.zeros(3000, dtype=np.bool_))
+    zeros = np.zeros(3000, dtype=np.int64)
+    pairs = Pairs(zeros, a, first_b, b, zeros, zeros)
     cut = truncate(pairs, target, seed=1, numbers=np.arange(3000))
     expected = [lengths_one_by_one(*row) for row in np.stack([a, b, target], axis=1).tolist()]
     assert list(zip(cut.length_a.tolist(), cut.length_b.tolist(), strict=True)) == expected
@@ -129,7 +130,7 @@ def test_truncation_leaves_the_lengths_of_the_references_loop():
 def test_each_cut_token_is_from_the_front_with_probability_one_half():
     """Cuts of 500 tokens: mean 250, standard deviation sqrt(500) / 2; over 4000 pairs 5 sigma."""
     ones = np.ones(4000, dtype=np.int64)
-    pairs = Pairs(0 * ones, 700 * ones, 1000 * ones, 700 * ones, ones > 1)
+    pairs = Pairs(0 * ones, 700 * ones, 1000 * ones, 700 * ones, 0 * ones, 0 * ones)
     cut = truncate(pairs, 400 * ones, seed=1, numbers=np.arange(4000))
     sigma = np.sqrt(500) / 2
     for front in (cut.first_a, cut.first_b - 1000):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import resource
 import subprocess
@@ -14,6 +15,7 @@ from megatron_bert_tp.data.preprocess import preprocess
 from megatron_bert_tp.data.text import TextLayout
 from megatron_bert_tp.data.tokenizer import Tokenizer
 from megatron_bert_tp.errors import DataError
+from tests.data.corpus_reader import read_corpus
 
 TEXT = "w5 w6. w7 w8p150.\n\nw9 w10\n\n\x00\u200b\n\nw11. w12. W13"
 
@@ -36,12 +38,14 @@ def test_command_makes_a_corpus_of_the_texts_sentences(tmp_path, vocabulary_file
     expected = ["w5 w6 [UNK] w7 w8 ##p150 [UNK]", "w9 w10", "w11 [UNK] w12 [UNK] w13", "w14", "w15"]
     assert [" ".join(tokens) for tokens in sentences_of(corpus, tokenizer)] == expected
     assert corpus.documents.tolist() == [0, 1, 2, 3, 5]
-    assert "4 documents (1 without a token dropped), 5 sentences" in capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
+    assert "documents 4 sentences 5 tokens 16 unknown tokens 4 (25.0000%)" in told
+    assert "dropped 1 documents without a token, 1 sentences without a token" in told
 
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, vocabulary_file, monkeypatch, workers):
-    monkeypatch.setattr(preprocessing, "_CHUNK", 1000)
+    monkeypatch.setattr(preprocessing, "CHUNK", 1000)
     path = tmp_path / "a.txt"
     path.write_text(
         "\n\n".join(f"w{5 + n % 100} w{6 + n % 90}. W{5 + n % 7} w9p{150 + n % 50}!" for n in range(600))
@@ -67,8 +71,8 @@ def test_trained_vocabulary_makes_a_corpus_without_unknown_tokens(tmp_path, caps
     ("name", "content", "told"),
     [
         ("absent.txt", None, "no such file"),
-        ("empty.txt", b"", "is empty"),
-        ("blank.txt", b"\n\n", "holds no text"),
+        ("empty.txt", b"", "no input file holds a byte"),
+        ("blank.txt", b"\n\n", "no sentence with a token"),
         ("nul.txt", b"\0\0", "no sentence with a token"),
         ("bad.jsonl", b"{", "line 1: not JSON"),
     ],
@@ -101,9 +105,11 @@ def test_output_that_cannot_be_written_is_named(tmp_path, vocabulary_file, capsy
     told = told_by(capsys, "train-tokenizer", tmp_path / "a.txt", "--size", 200, "--output", place)
     assert f"{place}: cannot be written" in told
     (tmp_path / "out.bin").mkdir()
-    told = told_by(capsys, tmp_path / "a.txt", "--tokenizer", vocabulary_file, "--output", tmp_path / "out")
-    assert "out.bin: cannot be written" in told
-    assert [path.name for path in tmp_path.glob("out.*")] == ["out.bin"]
+    rest = ("--tokenizer", vocabulary_file, "--output", tmp_path / "out", "--overwrite")
+    assert "out.bin: cannot be written" in told_by(capsys, tmp_path / "a.txt", *rest)
+    (tmp_path / "out.bin").rmdir()
+    assert run(tmp_path / "a.txt", *rest) == 0  # only the names were missing
+    assert sorted(path.name for path in tmp_path.glob("out.*")) == ["out.bin", "out.idx", "out.json"]
 
 
 @pytest.mark.parametrize("num_documents", [300, 3000])  # the disk is full when closing, or when writing
@@ -170,3 +176,64 @@ def test_novel_comes_back_as_its_own_words(shared_file, tmp_path):
     assert 2000 < corpus.num_sentences < 6000
     # Splitting into sentences moves no token: the whole text encodes to the same ids.
     assert corpus.tokens.tolist() == tokenizer.encode_batch([novel.read_text("utf-8-sig")])[0]
+
+
+def test_an_existing_corpus_is_replaced_only_when_asked_for(tmp_path, vocabulary_file, capsys):
+    (tmp_path / "a.txt").write_text("w5 w6.")
+    arguments = (tmp_path / "a.txt", "--tokenizer", vocabulary_file, "--output", tmp_path / "out")
+    assert run(*arguments) == 0
+    (tmp_path / "a.txt").write_text("w7 w8. w9.")
+    before = (tmp_path / "out.bin").read_bytes()
+    told = told_by(capsys, *arguments)
+    assert "out.idx" in told
+    assert "exists already; choose another --output, or replace it with --overwrite" in told
+    assert (tmp_path / "out.bin").read_bytes() == before
+    assert run(*arguments, "--overwrite") == 0
+    assert (tmp_path / "out.bin").read_bytes() != before
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("mine")
+    told = told_by(capsys, "train-tokenizer", tmp_path / "a.txt", "--size", 100, "--output", vocabulary)
+    assert "exists already" in told
+    assert vocabulary.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["train-tokeniser", "train_tokenizer", "train-tokenzier", "tokenizer-train"])
+def test_a_misspelled_subcommand_is_recognised(name, capsys):
+    if name == "tokenizer-train":
+        pytest.raises(SystemExit, run, name)  # too far off: a file of that name is missing
+        return
+    assert "did you mean train-tokenizer?" in told_by(capsys, name, "a.txt", "--size", 100)
+
+
+def test_fewer_entries_than_asked_for_are_told(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("A small cat sat. It was small.\n\nThe cat that sat was small." * 9)
+    assert run("train-tokenizer", tmp_path / "a.txt", "--size", 5000, "--output", tmp_path / "v.txt") == 0
+    size = len((tmp_path / "v.txt").read_text().splitlines())
+    assert f"v.txt: {size} entries, not the 5,000 asked for" in capsys.readouterr().out
+
+
+def test_report_counts_what_a_slow_count_finds(shared_file, tmp_path, capsys):
+    novel = shared_file("novels/Doyle_Hound_1902.txt")
+    vocabulary = shared_file("vocab/bert-large-cased-vocab.txt")
+    arguments = (novel, "--tokenizer", vocabulary, "--cased", "--output", tmp_path / "a", "--document-per-file")
+    assert run(*arguments[:-1]) == 0
+    documents = read_corpus(tmp_path / "a")
+    facts = json.loads((tmp_path / "a.json").read_text())
+    flat = [token for document in documents for sentence in document for token in sentence]
+    sizes = [sum(map(len, document)) for document in documents]
+    lengths = [len(sentence) for document in documents for sentence in document]
+    assert facts["documents"] == len(documents)
+    assert facts["tokens"] == len(flat)
+    assert facts["bin_sha256"] == hashlib.sha256((tmp_path / "a.bin").read_bytes()).hexdigest()
+    report = facts["report"]
+    unknown = vocabulary.read_text().split("\n").index("[UNK]")
+    assert report["unknown_tokens"] == flat.count(unknown)
+    assert report["single_sentence_documents"] == sum(len(document) == 1 for document in documents)
+    assert report["longest_sentence"] == {"tokens": max(lengths), "number": lengths.index(max(lengths))}
+    for name, count in report["tokens_per_document"].items():
+        first, _, last = name.partition("-")
+        assert count == sum(int(first) <= size <= int(last or first) for size in sizes)
+    assert sum(report["tokens_per_document"].values()) == len(documents)
+    told = capsys.readouterr().out
+    assert facts["bin_sha256"] in told
+    assert "MB/s" in told

@@ -1,7 +1,9 @@
-import numpy as np
-import pytest
+import time
+import tracemalloc
 
-from megatron_bert_tp.data.sampler import BatchShare, SampleOrder
+import numpy as np
+
+from megatron_bert_tp.data.sampler import SampleOrder
 
 
 def test_each_epoch_visits_every_span_once_in_another_order():
@@ -22,27 +24,28 @@ def test_order_depends_on_seed_and_number_alone():
     assert SampleOrder(100, seed=6).spans(np.arange(100)).tolist() != [span for _, span in expected[:100]]
 
 
-@pytest.mark.parametrize("microbatch", [1, 3, 6])
-def test_microbatches_of_a_step_do_not_depend_on_the_number_of_data_ranks(microbatch):
-    for step in range(3):
-        alone = BatchShare(global_batch=36, microbatch=microbatch).numbers_from(36 * step)
-        assert np.concatenate(alone).tolist() == list(range(36 * step, 36 * step + 36))
-        for size in (2, 3):
-            dealt = [
-                BatchShare(global_batch=36, microbatch=microbatch, data_rank=rank, data_size=size).numbers_from(
-                    36 * step
-                )
-                for rank in range(size)
-            ]
-            assert {len(numbers) for numbers in dealt} == {36 // microbatch // size}
-            together = [microbatches[n] for n in range(len(dealt[0])) for microbatches in dealt]
-            assert [m.tolist() for m in together] == [m.tolist() for m in alone]
+def test_any_batch_of_numbers_gives_what_one_number_gives_alone():
+    """Data sizes, microbatches and workers only cut the numbers differently, over the end of an epoch too."""
+    order = SampleOrder(37, seed=5)
+    alone = [order.sample_at(number)[1] for number in range(200)]
+    for size in (1, 3, 8, 64):
+        batches = [order.spans(np.arange(first, min(first + size, 200))) for first in range(0, 200, size)]
+        assert np.concatenate(batches).tolist() == alone
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_evaluation_covers_its_samples_once_with_a_short_last_microbatch(size):
-    shares = [BatchShare(global_batch=8, microbatch=4, data_rank=rank, data_size=size) for rank in range(size)]
-    dealt = [numbers for share in shares for numbers in share.numbers_of_evaluation(14)]
-    assert sorted(len(numbers) for numbers in dealt) == [2, 4, 4, 4]
-    assert sorted(np.concatenate(dealt).tolist()) == list(range(14))
-    assert shares[-1].numbers_of_evaluation(0) == []
+def test_corpora_of_a_blend_have_orders_of_their_own():
+    orders = [SampleOrder(1000, seed=5, corpus=corpus).spans(np.arange(1000)) for corpus in (0, 1)]
+    assert np.sum(orders[0] == orders[1]) < 10
+    assert orders[0].tolist() == SampleOrder(1000, seed=5).spans(np.arange(1000)).tolist()
+
+
+def test_a_hundred_million_spans_take_no_memory_and_a_batch_no_time():
+    order = SampleOrder(10**8, seed=1)
+    tracemalloc.start()
+    started = time.perf_counter()
+    order.spans(np.arange(10**8 - 512, 10**8 + 512))
+    seconds = time.perf_counter() - started
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
+    assert seconds < 0.1

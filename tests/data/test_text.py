@@ -2,20 +2,29 @@ import json
 
 import pytest
 
-from megatron_bert_tp.data.text import TextLayout, check_inputs, read_documents, split_sentences
+from megatron_bert_tp.data import lines, pieces
+from megatron_bert_tp.data.pieces import Place
+from megatron_bert_tp.data.text import InputCounts, TextLayout, check_inputs, read_file
 from megatron_bert_tp.errors import DataError
 
 
+def pieces_of(path, start=None, counts=None, **layout):
+    reads = read_file(path, TextLayout(**layout), start or Place(), counts or InputCounts())
+    return [read.piece for read in reads if read.piece is not None]
+
+
 def texts(path, **layout):
-    return [document.text for document in read_documents(path, TextLayout(**layout))]
+    pieces = pieces_of(path, **layout)
+    assert all(piece.ends_document for piece in pieces)
+    return [piece.text for piece in pieces]
 
 
 def test_blank_lines_separate_documents(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeff\nOne.\r\nTwo.\r\n \r\n\r\nThree.\n\n".encode())
-    documents = list(read_documents(path, TextLayout()))
+    documents = pieces_of(path)
     assert [document.text.split() for document in documents] == [["One.", "Two."], ["Three."]]
-    assert path.stat().st_size - sum(document.num_bytes for document in documents) == 0
+    assert documents[-1].next.offset == path.stat().st_size
 
 
 def test_file_without_blank_lines_is_one_document(tmp_path):
@@ -25,7 +34,7 @@ def test_file_without_blank_lines_is_one_document(tmp_path):
 
 def test_document_per_file_keeps_blank_lines_inside(tmp_path):
     (tmp_path / "a.txt").write_text("One.\n\nTwo.\n")
-    assert texts(tmp_path / "a.txt", document_per_file=True) == ["One.\n\nTwo."]
+    assert texts(tmp_path / "a.txt", document_per_file=True) == ["One.\n\nTwo.\n"]
 
 
 def test_each_json_line_is_a_document(tmp_path):
@@ -51,30 +60,48 @@ def test_wrong_json_line_is_named(tmp_path, line, told):
 
 def test_bytes_that_are_not_utf8_are_named_with_their_line(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine\nna\xefve\n")
-    with pytest.raises(DataError, match=r"line 2: byte 2 \(0xef\) is not UTF-8"):
+    with pytest.raises(DataError, match=r"line 2: byte 3 \(0xef\) is not UTF-8"):
         texts(tmp_path / "a.txt")
 
 
-def test_file_of_blank_lines_holds_no_text(tmp_path):
-    for name in ("a.txt", "a.jsonl"):
-        (tmp_path / name).write_text("\n \n")
-        with pytest.raises(DataError, match=f"{name}: holds no text"):
-            texts(tmp_path / name)
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "\n \n\u3000\n"), ("a.jsonl", "\n \n"), ("a.txt", "")])
+def test_file_without_text_is_counted(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    counts = InputCounts()
+    assert pieces_of(tmp_path / name, counts=counts) == []
+    assert counts == InputCounts(empty_files=1)
 
 
 def test_all_unusable_inputs_are_named_at_once(tmp_path):
     (tmp_path / "empty").touch()
     with pytest.raises(DataError) as caught:
         check_inputs([tmp_path / "absent", tmp_path, tmp_path / "empty"])
-    for told in ("absent: no such file", "is a directory", "empty: is empty"):
+    for told in ("absent: no such file", "is a directory"):
         assert told in str(caught.value)
+    with pytest.raises(DataError, match="no input file holds a byte"):
+        check_inputs([tmp_path / "empty"])
 
 
-def test_sentences_end_at_their_mark_and_at_blank_lines_but_not_after_titles():
-    text = "A heading\n\nMr. Smith lives in\nthe U.S. today. He is \n 5.5 feet tall! Is he?"
-    expected = ["A heading", "Mr. Smith lives in the U.S. today.", "He is 5.5 feet tall!", "Is he?"]
-    assert [s.strip() for s in split_sentences(text, sentence_per_line=False)] == expected
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_all_line_ends_are_the_same(tmp_path, end):
+    (tmp_path / "a.txt").write_bytes(end.join(["", "One.", "Two.", "", " ", "Three."]).encode())
+    assert [text.strip() for text in texts(tmp_path / "a.txt")] == ["One.\nTwo.", "Three."]
+    records = [json.dumps({"text": text}) for text in ("One.\r\nTwo.", "Three.")]
+    (tmp_path / "a.jsonl").write_bytes(end.join(records).encode())
+    assert texts(tmp_path / "a.jsonl") == ["One.\nTwo.", "Three."]
 
 
-def test_with_a_sentence_per_line_nothing_is_split_or_joined():
-    assert split_sentences("One. Two.\nThree\n\n \nfour", sentence_per_line=True) == ["One. Two.", "Three", "four"]
+@pytest.mark.parametrize("document_per_file", [False, True])
+@pytest.mark.parametrize("sentence", ["One two three.", "no end mark", "终于。"])
+def test_reading_can_begin_at_every_place_that_it_gives(tmp_path, monkeypatch, document_per_file, sentence):
+    monkeypatch.setattr(pieces, "PIECE", 60)
+    monkeypatch.setattr(lines, "LONGEST_LINE", 100)
+    blocks = ["\n".join([sentence] * (n % 9)) + " " + sentence * (n % 14) for n in range(40)]
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(blocks), encoding="utf-8")
+    found = pieces_of(path, document_per_file=document_per_file)
+    assert len(found) > 30
+    assert "".join("".join(piece.text.split()) for piece in found) == "".join("".join(blocks).split())
+    assert [piece.ends_document for piece in found].count(True) == (1 if document_per_file else 39)  # the first is blank
+    for number, piece in enumerate(found[:-1], start=1):
+        assert pieces_of(path, piece.next, document_per_file=document_per_file) == found[number:]

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from tokenizers.implementations import BertWordPieceTokenizer
 
-from megatron_bert_tp.data.tokenizer import Tokenizer, train_wordpiece
+from megatron_bert_tp.data.tokenizer import Tokenizer
+from megatron_bert_tp.data.vocabulary_training import train_wordpiece
 from megatron_bert_tp.errors import DataError
 from tests.data.corpora import SPECIAL
 
@@ -15,8 +16,8 @@ SENTENCES = [
 TRAIN = """
 import sys
 from pathlib import Path
-from megatron_bert_tp.data.tokenizer import train_wordpiece
-train_wordpiece({sentences!r}, 200, True, Path(sys.argv[1]))
+from megatron_bert_tp.data.vocabulary_training import train_wordpiece
+train_wordpiece(lambda: {sentences!r}, 200, True, Path(sys.argv[1]))
 """
 
 
@@ -86,6 +87,13 @@ def test_missing_binary_and_foreign_files_are_refused(tmp_path):
         Tokenizer.load(tmp_path / "foreign.json", lowercase=True)
 
 
+def test_a_directory_is_refused_with_the_file_to_give(tmp_path, vocabulary_file):
+    with pytest.raises(DataError, match=f"is a directory; give the file in it: {vocabulary_file}$"):
+        Tokenizer.load(vocabulary_file.parent, lowercase=True)
+    with pytest.raises(DataError, match="is a directory.*none is there"):
+        Tokenizer.load(tmp_path, lowercase=True)
+
+
 def test_trained_vocabulary_is_the_same_in_every_process(tmp_path):
     written = []
     for number in range(3):
@@ -98,7 +106,7 @@ def test_trained_vocabulary_is_the_same_in_every_process(tmp_path):
 
 def test_trained_vocabulary_knows_all_its_text(tmp_path):
     path = tmp_path / "vocab.txt"
-    size = train_wordpiece(iter(SENTENCES), 200, True, path)
+    size = train_wordpiece(lambda: iter(SENTENCES), 200, True, path)
     tokenizer = Tokenizer.load(path, lowercase=True)
     assert tokenizer.size == size <= 200
     for ids, sentence in zip(tokenizer.encode_batch(SENTENCES), SENTENCES, strict=True):
@@ -109,6 +117,6 @@ def test_trained_vocabulary_knows_all_its_text(tmp_path):
 
 def test_training_without_text_or_with_too_small_a_size_is_refused(tmp_path):
     with pytest.raises(DataError, match="give more text"):
-        train_wordpiece([], 200, True, tmp_path / "vocab.txt")
+        train_wordpiece(list, 200, True, tmp_path / "vocab.txt")
     with pytest.raises(DataError, match="a vocabulary of 7 entries cannot hold"):
-        train_wordpiece(SENTENCES, 7, True, tmp_path / "vocab.txt")
+        train_wordpiece(lambda: SENTENCES, 7, True, tmp_path / "vocab.txt")

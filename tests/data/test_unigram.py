@@ -7,9 +7,10 @@ from megatron_bert_tp.data import unigram
 from megatron_bert_tp.data.unigram import unigram_counts, unigram_cross_entropy
 
 
-@pytest.mark.parametrize("block", [1, 7, 1000])
-def test_counts_are_those_of_the_given_documents(write_corpus, monkeypatch, block):
+@pytest.mark.parametrize(("block", "tokens"), [(1, 1), (5, 20), (7, 54), (1000, 100), (1000, 10**6)])
+def test_counts_are_those_of_the_given_documents(write_corpus, monkeypatch, block, tokens):
     monkeypatch.setattr(unigram, "_BLOCK", block)
+    monkeypatch.setattr(unigram, "_TOKENS", tokens)
     draws = np.random.default_rng(0)
     documents = [[draws.integers(5, 50, size=6).tolist() for _ in range(9)] for _ in range(12)]
     corpus = write_corpus(documents)

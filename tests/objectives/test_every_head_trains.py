@@ -50,6 +50,8 @@ class TaskBatch:
     labels: Tensor
     start_positions: Tensor
     end_positions: Tensor
+    packed_lengths: None = None
+    position_ids: None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_bert_tp.data.batches import Batch
+from megatron_bert_tp.data.batch import Batch
 from megatron_bert_tp.model.shape import ModelShape, tensor_shapes
 from megatron_bert_tp.model.stage import MegatronBertStage
 from megatron_bert_tp.parallel.gradients import Gradients
@@ -27,7 +27,7 @@ RECIPE = Recipe(shape=CORPUS_SHAPE, clip_norm=0.5)
 HIDDEN = RECIPE.shape.hidden_size
 NUM_TENSORS = len(tensor_shapes(RECIPE.shape))
 # Two losses, two numbers of hits, and the tokens.
-NUM_STATISTICS = 5
+NUM_STATISTICS = 6
 AXES = ("data", "pipeline", "tensor", "tied")
 OTHERS = (
     "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "all_to_all_single", "barrier",
@@ -144,7 +144,7 @@ def places(settings: Path, layout: Layout) -> Iterator[Place]:
     sizes = MeshShape(pipeline=layout.pipeline, data=layout.data, tensor=layout.tensor)
     for rank in range(layout.world):
         stage, replica, shard = sizes.place_of(rank)
-        texts = open_texts(config, Axis("data", tuple(range(layout.data)), replica))
+        texts = open_texts(config, Axis("data", tuple(range(layout.data)), replica), say=print)
         batches = texts.training.take(config.optimizer.global_batch)
         yield Place(layout, model_shape(config), stage_plans(config)[stage], shard, batches)
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from megatron_bert_tp.data.batches import Batch
+from megatron_bert_tp.data.batch import Batch
 from megatron_bert_tp.model.stage import MegatronBertStage, PretrainingLogits
 from megatron_bert_tp.objectives.pretraining import Counts, count, microbatch_loss
 from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh

@@ -69,5 +69,5 @@ def records(folder: Path, kind: str) -> list[dict[str, float]]:
 
 
 def without_times(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    times = {"seconds", "seconds_left", "tokens_per_second"}
+    times = {"seconds", "data_seconds", "seconds_left", "tokens_per_second"}
     return [{key: value for key, value in row.items() if key not in times} for row in rows]

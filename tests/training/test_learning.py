@@ -18,7 +18,7 @@ OVERRIDES = [
 def test_a_small_model_learns_words_that_follow_a_rule(tmp_path):
     config = load_config(make_data(tmp_path, num_documents=200), OVERRIDES)
     mesh = ParallelMesh.alone()
-    texts = open_texts(config, mesh.data)
+    texts = open_texts(config, mesh.data, say=print)
     trainer = build_trainer(config, mesh, texts, device=CPU)
     assert texts.validation is not None
     bar = texts.unigram_loss(texts.validation.evaluation(config.run.evaluation_samples))

@@ -13,8 +13,13 @@ def test_every_step_is_one_record_with_all_that_is_promised(finished_run):
     assert [row["samples"] for row in rows] == list(range(8, 161, 8))
     wanted = {"step", "samples", "loss", "mlm_loss", "mlm_accuracy", "nsp_loss", "nsp_accuracy", "grad_norm"}
     wanted |= {"learning_rate", "tokens_per_second", "tokens", "seconds", "seconds_left", "kind"}
+    wanted |= {"data_seconds", "padding"}
     assert all(set(row) == wanted for row in rows)
     assert all(row["loss"] == row["mlm_loss"] + row["nsp_loss"] for row in rows)
+    assert all(0 <= row["data_seconds"] < row["seconds"] for row in rows)
+    # Of eight samples two to a microbatch, some rows are padded, and to less than twice the tokens.
+    assert all(0 <= row["padding"] < 0.5 for row in rows)
+    assert max(row["padding"] for row in rows) > 0
 
 
 def test_an_evaluation_at_the_end_reports_the_unigram_bar(finished_run):

@@ -88,7 +88,7 @@ def test_the_resume_point_lies_inside_an_epoch(data):
     from megatron_bert_tp.parallel.mesh import Axis
     from megatron_bert_tp.training.texts import open_texts
 
-    num_samples = open_texts(load_config(data), Axis.alone("data")).training.num_samples_per_epoch
+    num_samples = open_texts(load_config(data), Axis.alone("data"), say=print).source.num_samples_per_epoch
     assert num_samples < 80
     assert 80 % num_samples != 0
     assert 160 % num_samples != 0

@@ -1,0 +1,174 @@
+"""Real kills of real processes: the same command again ends with the bytes of a run without a kill."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_bert_tp.data.preprocess import preprocess
+from megatron_bert_tp.errors import DataError
+from tests.data.corpus_reader import PACKERS
+
+RUN = """
+import sys
+from pathlib import Path
+from megatron_bert_tp.data import preprocess as module
+if __name__ == "__main__":
+    module.CHUNK = 4000
+    vocabulary, output, workers, *inputs = sys.argv[1:]
+    paths = [Path(path) for path in inputs]
+    module.preprocess(paths, Path(vocabulary), Path(output), workers=int(workers), journal_seconds=0.02)
+"""
+SUFFIXES = ("bin", "idx", "json")
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """Files of several kinds with about 100,000 sentences, some of them of a document over a megabyte."""
+    draws = random.Random(5)
+    texts = [" ".join(f"w{draws.randrange(5, 99)}" for _ in range(9)) + "." for _ in range(60_000)]
+    blocks = ["\n".join(texts[n : n + 7]) for n in range(0, len(texts), 7)]
+    (tmp_path / "a.txt").write_text("\n\n".join(blocks[:3000]) + "\n\n" + "\n".join(texts[:30_000]))
+    lines = "\n".join(json.dumps({"text": block}) for block in blocks[3000:])
+    (tmp_path / "b.jsonl.zst").write_bytes(PACKERS[".zst"](lines.encode()))
+    (tmp_path / "c.txt.xz").write_bytes(PACKERS[".xz"]("\n\n".join(blocks[::3]).encode()))
+    return [tmp_path / name for name in ("a.txt", "b.jsonl.zst", "c.txt.xz")]
+
+
+def corpus_bytes(folder, name):
+    return [(folder / f"{name}.{suffix}").read_bytes() for suffix in SUFFIXES]
+
+
+def start(vocabulary, output, workers, inputs):
+    command = [sys.executable, "-c", RUN, vocabulary, output, workers, *inputs]
+    return subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kills_at_any_moment_do_not_change_a_byte(tmp_path, vocabulary_file, inputs, workers):
+    preprocess(inputs, vocabulary_file, tmp_path / "whole")
+    draws = random.Random(workers)
+    kills = resumed = 0
+    while not (tmp_path / "out.idx").exists() or (tmp_path / "out.progress.json").exists():
+        process = start(vocabulary_file, tmp_path / "out", workers, inputs)
+        if kills < 8:
+            before = journal_bytes(tmp_path)
+            wait_until(lambda before=before: journal_bytes(tmp_path) != before or process.poll() is not None)
+            time.sleep(draws.random() * 0.25)
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        assert kills < 9
+        resumed += "an earlier run was cut off; goes on after" in process.communicate()[1]
+    assert kills >= 3
+    assert resumed >= 3
+    assert corpus_bytes(tmp_path, "out") == corpus_bytes(tmp_path, "whole")
+    assert sorted(path.name for path in tmp_path.glob("out.*")) == ["out.bin", "out.idx", "out.json"]
+
+
+def journal_bytes(folder):
+    path = folder / "out.progress.json"
+    return path.read_bytes() if path.exists() else b""
+
+
+def wait_until(happened):
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def cut_off(folder, vocabulary, inputs, *, when=signal.SIGKILL):
+    """Leave a run that was stopped on the way; returns what it said."""
+    process = start(vocabulary, folder / "out", 1, inputs)
+    wait_until(lambda: b'"documents": 2' in journal_bytes(folder) or process.poll() is not None)
+    process.send_signal(when)
+    told = process.communicate()[1]
+    assert not (folder / "out.bin").exists()
+    return told
+
+
+def test_workers_end_with_a_killed_parent(tmp_path, vocabulary_file, inputs):
+    process = start(vocabulary_file, tmp_path / "out", 2, inputs)
+    wait_until(lambda: journal_bytes(tmp_path))
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) >= 2
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not any(os.path.exists(f"/proc/{child}") for child in children))
+
+
+def test_interrupt_says_how_to_go_on_and_keeps_the_progress(tmp_path, vocabulary_file, inputs):
+    command = [sys.executable, "-m", "megatron_bert_tp.preprocess", *inputs, "--tokenizer", vocabulary_file]
+    full = [str(word) for word in (*command, "--output", tmp_path / "out")]
+    process = subprocess.Popen(full, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_until(lambda: (tmp_path / "out.bin.unfinished").exists() and (tmp_path / "out.bin.unfinished").stat().st_size)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    told = process.communicate()[1]
+    assert process.returncode == 130
+    assert told.count("\n") == 1
+    assert "interrupted; what is done is kept" in told
+    again = subprocess.run(full, capture_output=True, text=True, check=True)
+    assert "goes on after" in again.stderr
+    preprocess(inputs, vocabulary_file, tmp_path / "whole")
+    assert corpus_bytes(tmp_path, "out") == corpus_bytes(tmp_path, "whole")
+
+
+@pytest.mark.parametrize("change", ["option", "tokenizer", "first input"])
+def test_a_changed_request_begins_anew_and_says_why(tmp_path, vocabulary_file, inputs, capsys, change):
+    cut_off(tmp_path, vocabulary_file, inputs)
+    options = {"lowercase": change != "option"}
+    if change == "tokenizer":
+        (tmp_path / "v.txt").write_text(vocabulary_file.read_text() + "more\n")
+        vocabulary_file = tmp_path / "v.txt"
+    if change == "first input":
+        inputs[0].write_text("w5 w6. w7.")
+    preprocess(inputs, vocabulary_file, tmp_path / "out", **options)
+    told = capsys.readouterr().err
+    named = {"option": "lowercase", "tokenizer": "tokenizer", "first input": "a.txt"}[change]
+    assert "begins anew" in told
+    assert named in told
+    preprocess(inputs, vocabulary_file, tmp_path / "whole", **options)
+    assert corpus_bytes(tmp_path, "out") == corpus_bytes(tmp_path, "whole")
+
+
+def test_a_mended_file_is_read_again_and_those_before_it_are_not(tmp_path, vocabulary_file, inputs, capsys):
+    good = inputs[2].read_bytes()
+    inputs[2].write_bytes(good[: len(good) // 2])
+    with pytest.raises(DataError, match="cut short"):
+        preprocess(inputs, vocabulary_file, tmp_path / "out", journal_seconds=0.0)
+    assert "the same command again goes on from there" in capsys.readouterr().err
+    assert not (tmp_path / "out.bin").exists()
+    inputs[2].write_bytes(good)
+    report = preprocess(inputs, vocabulary_file, tmp_path / "out")
+    assert "goes on after" in capsys.readouterr().err
+    assert report.run_bytes < report.tally.num_bytes
+    preprocess(inputs, vocabulary_file, tmp_path / "whole")
+    assert corpus_bytes(tmp_path, "out") == corpus_bytes(tmp_path, "whole")
+
+
+@pytest.mark.parametrize("damage", ["journal cut", "tokens gone", "lengths cut"])
+def test_damaged_progress_begins_anew(tmp_path, vocabulary_file, inputs, capsys, damage):
+    cut_off(tmp_path, vocabulary_file, inputs)
+    name = {"journal cut": "progress.json", "tokens gone": "bin.unfinished", "lengths cut": "lengths.unfinished"}
+    path = tmp_path / f"out.{name[damage]}"
+    path.write_bytes(path.read_bytes()[:10])
+    preprocess(inputs, vocabulary_file, tmp_path / "out")
+    assert "begins anew" in capsys.readouterr().err
+    preprocess(inputs, vocabulary_file, tmp_path / "whole")
+    assert corpus_bytes(tmp_path, "out") == corpus_bytes(tmp_path, "whole")
+
+
+def test_two_processes_never_write_the_same_corpus(tmp_path, vocabulary_file, inputs):
+    process = start(vocabulary_file, tmp_path / "out", 1, inputs)
+    wait_until(lambda: journal_bytes(tmp_path))
+    with pytest.raises(DataError, match="another process is writing this corpus now"):
+        preprocess(inputs, vocabulary_file, tmp_path / "out")
+    process.communicate()
+    assert process.returncode == 0
+    preprocess(inputs, vocabulary_file, tmp_path / "whole")
+    assert corpus_bytes(tmp_path, "out") == corpus_bytes(tmp_path, "whole")
