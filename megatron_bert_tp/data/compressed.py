@@ -73,7 +73,7 @@ class _ZstdFile(io.RawIOBase):
 
 _UNPACKERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
     ".gz": lambda file: cast(BinaryIO, gzip.GzipFile(fileobj=file)),
-    ".xz": lambda file: cast(BinaryIO, lzma.LZMAFile(file)),
+    ".xz": lambda file: cast(BinaryIO, lzma.LZMAFile(file)),  # noqa: SIM115
     ".zst": lambda file: io.BufferedReader(_ZstdFile(file), _BLOCK),
 }
 

@@ -74,8 +74,12 @@ class CorpusWriter:
         with writing(self._paths[0]):
             prefix.parent.mkdir(parents=True, exist_ok=True)
             self._files = [_open(path) for path in temporary_paths(prefix)]
-            _lock(self._files[0], self._paths[0])
-            self._go_on()
+            with ExitStack() as opened:
+                for file in self._files:
+                    opened.push(file)
+                _lock(self._files[0], self._paths[0])
+                self._go_on()
+                opened.pop_all()
 
     def add_document(self, tokens: Ints, lengths: Sequence[int]) -> None:
         """Append one document: the ids of its sentences back to back, and the tokens of each (>= 1)."""

@@ -8,7 +8,8 @@ from megatron_bert_tp.data.lines import is_blank, read_lines
 
 PIECE = 1 << 20
 """Bytes of a document after which it may be handed on in pieces."""
-_MARKS = tuple(mark.encode() for mark in ".!?\")\u2026\u3002\uff01\uff1f\u0964\u061f\u06d4\u201d\u2019\xbb\u300d\u300f")
+_ENDS = ".!?\")\u2026\u3002\uff01\uff1f\u0964\u061f\u06d4\u201d\u2019\xbb\u300d\u300f"
+_MARKS = tuple(mark.encode() for mark in _ENDS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,7 +132,7 @@ class PreprocessReport:
             return []
         return [
             f"note: {several} of {self.facts.documents:,} documents have two sentences or more, so next-sentence "
-            "prediction finds nothing here; train with objective.pairs=none, or look at how documents are separated"
+            "prediction finds nothing here; train with objective.pairs=none, or see how documents are separated"
         ]
 
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from megatron_bert_tp.data.draws import Bits, Ints, below, draw
 
-# With 8 rounds, of 400,000 permutations of 25 or more numbers the pairs of two places cannot be told from even ones;
-# of 5 or 6 numbers they can, with 24 rounds no more.
+# Over 400,000 permutations, pairs of two places cannot be told from even ones with 8 rounds from 25 numbers on;
+# of 5 or 6 numbers they can, and with 24 rounds no more.
 _ROUNDS, _ROUNDS_OF_FEW, _FEW = 8, 24, 1024
 
 

@@ -14,7 +14,7 @@ from megatron_bert_tp.errors import DataError
 
 _BLOCK = 1 << 20
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-_SUFFIXES = ".txt or any other ending: text; .json, .jsonl, .ndjson: JSON lines; each also .gz, .xz, .zst; .parquet"
+_SUFFIXES = ".json, .jsonl, .ndjson: JSON lines; .parquet; any other: text; text and JSON also .gz, .xz, .zst"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Sentences to token ids by looking words up: several times as fast as `tokenizers`, with the same result.
 
 BERT's normalizer and pre-tokenizer look at one character at a time and never across a space.  So the ids of a
-sentence are those of its words, cut at spaces, one after the other; and most words of a text have been seen before.
+sentence are those of its words, cut at spaces, one after the other; and most words have been seen before.
 """
 
 import json
@@ -43,7 +43,7 @@ class WordCache:
         """Ids of all sentences in the number format of the corpus; those without tokens have length 0."""
         rows = self._by_words(sentences) if self._is_by_words else self._ids(sentences)
         sizes = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-        tokens = np.frombuffer(b"".join(rows), dtype=self._token_type)  # type: ignore[var-annotated]
+        tokens: npt.NDArray[np.integer] = np.frombuffer(b"".join(rows), dtype=self._token_type)
         return Encoded(tokens, sizes // self._token_type.itemsize)
 
     def _by_words(self, sentences: Sequence[str]) -> list[bytes]:

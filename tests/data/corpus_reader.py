@@ -4,6 +4,7 @@ import gzip
 import io
 import lzma
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -33,4 +34,4 @@ def read_corpus(prefix: Path) -> list[list[list[int]]]:
         np.frombuffer(content, token_type, count=length, offset=place).tolist()
         for length, place in zip(lengths, pointers, strict=True)
     ]
-    return [sentences[first:last] for first, last in zip(boundaries[:-1], boundaries[1:], strict=True)]
+    return [sentences[first:last] for first, last in pairwise(boundaries)]

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from megatron_bert_tp.check_data import main
 from megatron_bert_tp.data import corpus_scan
 from megatron_bert_tp.errors import DataError
 from tests.data.corpora import SPECIAL
-from tests.data.index_files import write_files
+from tests.data.index_files import index_bytes, write_files
 
 PAD, UNKNOWN, CLS, SEP, MASK = range(5)
 CORPUS = [[[5, 6, 7], [8]], [[9, 10]], [], [[11, 1], [13], [14, 15, 16, 199]]]
@@ -153,8 +154,12 @@ def test_another_tokenizer_is_told(tmp_path, capsys, write_corpus, vocabulary_fi
     assert "lowercase False" in err
 
 
+@pytest.mark.parametrize("block", [1, 15, 1 << 20])
 @pytest.mark.parametrize("number", [PAD, CLS, SEP, MASK])
-def test_special_tokens_inside_the_text_are_told_with_the_first_place(tmp_path, capsys, vocabulary_file, number):
+def test_special_tokens_inside_the_text_are_told_with_the_first_place(
+    tmp_path, capsys, monkeypatch, vocabulary_file, number, block
+):
+    monkeypatch.setattr(corpus_scan, "_BLOCK", block)
     write_files(tmp_path / "corpus", [*CORPUS, [[5, 6], [7, number, number, 8]]])
     code, _, err = check(capsys, tmp_path / "corpus", "--tokenizer", vocabulary_file)
     assert (code, err.count("error: ")) == (1, 1)
@@ -162,7 +167,9 @@ def test_special_tokens_inside_the_text_are_told_with_the_first_place(tmp_path, 
     assert "the first in sentence 7 of document 4" in err
 
 
-def test_ids_outside_are_told_with_the_first_place(tmp_path, capsys, vocabulary_file):
+@pytest.mark.parametrize("block", [1, 15, 1 << 20])
+def test_ids_outside_are_told_with_the_first_place(tmp_path, capsys, monkeypatch, vocabulary_file, block):
+    monkeypatch.setattr(corpus_scan, "_BLOCK", block)
     write_files(tmp_path / "corpus", [*CORPUS, [[5, -6], [200, 7]]], letter="i")
     code, _, err = check(capsys, tmp_path / "corpus", "--tokenizer", vocabulary_file)
     assert code == 1
@@ -217,6 +224,15 @@ def test_a_tokenizer_that_cannot_be_read_is_no_damage_of_the_corpus(tmp_path):
     write_files(tmp_path / "good", CORPUS)
     with pytest.raises(DataError, match="no such file"):
         main([str(tmp_path / "good"), "--tokenizer", str(tmp_path / "none.txt")])
+
+
+def test_hash_of_many_blocks_is_that_of_the_file(tmp_path, capsys):
+    """Blocks are hashed by one thread while another counts, and all stand in the same memory."""
+    content = np.random.default_rng(0).integers(5, 60_000, size=20_000_000, dtype=np.uint16).tobytes()
+    (tmp_path / "large.bin").write_bytes(content)
+    (tmp_path / "large.idx").write_bytes(index_bytes([1_000_000] * 20, [0, 20]))
+    code, found = report_of(capsys, tmp_path / "large")
+    assert (code, found["bin_sha256"]) == (0, hashlib.sha256(content).hexdigest())
 
 
 def test_memory_of_a_scan_does_not_grow_with_the_corpus(tmp_path, capsys):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_kills_at_any_moment_do_not_change_a_byte(tmp_path, vocabulary_file, inp
         process = start(vocabulary_file, tmp_path / "out", workers, inputs)
         if kills < 8:
             before = journal_bytes(tmp_path)
-            wait_until(lambda before=before: journal_bytes(tmp_path) != before or process.poll() is not None)
+            wait_until(partial(has_moved, tmp_path, before, process))
             time.sleep(draws.random() * 0.25)
             process.send_signal(signal.SIGKILL)
             kills += process.wait() == -signal.SIGKILL
@@ -73,6 +74,10 @@ def test_kills_at_any_moment_do_not_change_a_byte(tmp_path, vocabulary_file, inp
 def journal_bytes(folder):
     path = folder / "out.progress.json"
     return path.read_bytes() if path.exists() else b""
+
+
+def has_moved(folder, before, process):
+    return journal_bytes(folder) != before or process.poll() is not None
 
 
 def wait_until(happened):
@@ -106,7 +111,8 @@ def test_interrupt_says_how_to_go_on_and_keeps_the_progress(tmp_path, vocabulary
     command = [sys.executable, "-m", "megatron_bert_tp.preprocess", *inputs, "--tokenizer", vocabulary_file]
     full = [str(word) for word in (*command, "--output", tmp_path / "out")]
     process = subprocess.Popen(full, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_until(lambda: (tmp_path / "out.bin.unfinished").exists() and (tmp_path / "out.bin.unfinished").stat().st_size)
+    tokens = tmp_path / "out.bin.unfinished"
+    wait_until(lambda: tokens.exists() and tokens.stat().st_size)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     told = process.communicate()[1]
     assert process.returncode == 130
@@ -137,13 +143,16 @@ def test_a_changed_request_begins_anew_and_says_why(tmp_path, vocabulary_file, i
 
 
 def test_a_mended_file_is_read_again_and_those_before_it_are_not(tmp_path, vocabulary_file, inputs, capsys):
-    good = inputs[2].read_bytes()
-    inputs[2].write_bytes(good[: len(good) // 2])
+    (tmp_path / "empty.txt").touch()
+    inputs = [tmp_path / "empty.txt", *inputs]
+    *_, last = inputs
+    good = last.read_bytes()
+    last.write_bytes(good[: len(good) // 2])
     with pytest.raises(DataError, match="cut short"):
         preprocess(inputs, vocabulary_file, tmp_path / "out", journal_seconds=0.0)
     assert "the same command again goes on from there" in capsys.readouterr().err
     assert not (tmp_path / "out.bin").exists()
-    inputs[2].write_bytes(good)
+    last.write_bytes(good)
     report = preprocess(inputs, vocabulary_file, tmp_path / "out")
     assert "goes on after" in capsys.readouterr().err
     assert report.run_bytes < report.tally.num_bytes

@@ -31,8 +31,8 @@ def test_a_line_too_long_to_be_wrapped_ends_a_paragraph_and_wrapped_lines_are_jo
 @pytest.mark.parametrize(
     ("language", "sentences"),
     [
-        ("zh", ["今天天气很好。", "你去哪里？", "太好了！", "我们走吧。"]),
-        ("ja", ["今日はいい天気です。", "どこへ行きますか？", "はい！"]),
+        ("zh", ["今天天气很好。", "你去哪里\uff1f", "太好了\uff01", "我们走吧。"]),
+        ("ja", ["今日はいい天気です。", "どこへ行きますか\uff1f", "はい\uff01"]),
         ("de", ["Dr. Müller sprach z.B. über Wien. ", "Gut!"]),
         ("ar", ["مرحبا بك. ", "كيف حالك؟ ", "أنا بخير!"]),
         ("hi", ["यह एक वाक्य है। ", "यह दूसरा है। ", "क्या?"]),
@@ -44,7 +44,8 @@ def test_each_language_ends_sentences_at_its_own_marks(language, sentences):
 
 def test_language_codes_with_regions_are_known_and_unknown_ones_get_close_ones():
     assert [language_code(code) for code in ("zh", "zh_TW", "EN-us", "fi")] == ["zh", "zh", "en", "fi"]
-    for wrong, hint in {"chinese": "did you mean zh", "xx": "With rules of their own", "enn": "did you mean en"}.items():
+    hints = {"chinese": "did you mean zh", "xx": "With rules of their own", "enn": "did you mean en"}
+    for wrong, hint in hints.items():
         with pytest.raises(DataError, match=f"{wrong}' is not a language code.*{hint}"):
             language_code(wrong)
 

@@ -154,18 +154,14 @@ def test_a_row_depends_neither_on_the_others_nor_on_padding(vocabulary, name):
             assert not alone.is_masked[:, width:].any()
 
 
-def test_no_span_goes_over_a_separator():
-    """Two segments of one long word each: a span of both would be hidden as a whole or not at all."""
-    is_text = np.tile([False, *[True] * 5, False, *[True] * 5, False], (500, 1))
-    begins = np.zeros_like(is_text)
-    begins[:, [1, 7]] = True
-    masking = MaskingConfig(longest_span=10, probability=0.4)  # budget 4 or 5: a word or nothing
-    chosen = choose_tokens(is_text, begins, masking, seed=SEED, numbers=np.arange(500))
-    assert set(chosen.sum(axis=1).tolist()) == {0}
-    masking = replace(masking, probability=0.6)  # 6: one word, never a piece of the other
-    chosen = choose_tokens(is_text, begins, masking, seed=SEED, numbers=np.arange(500))
-    assert set(chosen.sum(axis=1).tolist()) == {5}
-    assert not chosen[:, 6].any()
+def test_no_separator_is_chosen_between_two_segments():
+    """A segment of 2 tokens and one of 40, of which half is chosen: a span of 64 would go on behind the first."""
+    is_text = np.tile([False, *[True] * 2, False, *[True] * 40, False], (500, 1))
+    masking = replace(SETTINGS["geometric 64"], probability=0.5)
+    chosen = choose_tokens(is_text, is_text, masking, seed=SEED, numbers=np.arange(500))
+    assert chosen[:, 2].sum() > 10
+    assert not chosen[~is_text].any()
+    assert chosen.sum(axis=1).tolist() == [21] * 500
 
 
 def test_a_sample_of_one_token_has_it_masked():

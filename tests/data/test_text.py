@@ -102,6 +102,7 @@ def test_reading_can_begin_at_every_place_that_it_gives(tmp_path, monkeypatch, d
     found = pieces_of(path, document_per_file=document_per_file)
     assert len(found) > 30
     assert "".join("".join(piece.text.split()) for piece in found) == "".join("".join(blocks).split())
-    assert [piece.ends_document for piece in found].count(True) == (1 if document_per_file else 39)  # the first is blank
+    # The first block is blank.
+    assert [piece.ends_document for piece in found].count(True) == (1 if document_per_file else 39)
     for number, piece in enumerate(found[:-1], start=1):
         assert pieces_of(path, piece.next, document_per_file=document_per_file) == found[number:]

@@ -90,7 +90,7 @@ def test_missing_binary_and_foreign_files_are_refused(tmp_path):
 def test_a_directory_is_refused_with_the_file_to_give(tmp_path, vocabulary_file):
     with pytest.raises(DataError, match=f"is a directory; give the file in it: {vocabulary_file}$"):
         Tokenizer.load(vocabulary_file.parent, lowercase=True)
-    with pytest.raises(DataError, match="is a directory.*none is there"):
+    with pytest.raises(DataError, match=r"is a directory.*none is there"):
         Tokenizer.load(tmp_path, lowercase=True)
 
 
