@@ -130,11 +130,6 @@ class Corpus:
         return bisect.bisect_right(self.documents, sentence) - 1
 
     @cached_property
-    def starts(self) -> Ints:
-        """``[sentences + 1]`` first token of each sentence, in memory: deprecated, use `starts_of`."""
-        return self.starts_of(np.arange(self.num_sentences + 1))
-
-    @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of where sentences and documents begin: of all that samples are cut by, but no token.
 

@@ -24,6 +24,7 @@ FORMAT = 1  # counts up whenever the same facts would lead to other spans or oth
 
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
 _LOOK_SECONDS = 0.1
+_FIRST_SAY_SECONDS = 1.0  # most indexes are built sooner
 _SAY_SECONDS = 30.0
 _ABANDONED_SECONDS = 600.0  # a builder writes all the time
 
@@ -152,7 +153,7 @@ def _locked(index: _Index, *, wait_seconds: float, say: Say) -> Iterator[None]:
 
 def _wait(file: TextIO, index: _Index, *, wait_seconds: float, say: Say) -> None:
     started = time.monotonic()
-    next_words = 0.0
+    next_words = min(_FIRST_SAY_SECONDS, wait_seconds / 2)
     while not _is_locked(file):
         waited = time.monotonic() - started
         file.seek(0)

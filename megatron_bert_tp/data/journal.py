@@ -121,7 +121,7 @@ class Journal:
         for mark in (here, fallback):
             # Files that are not begun may change; with offset 0 the place is before its file.
             used = mark.place.file + (mark.place.offset > 0)
-            if inputs[:used] == current[:used] and len(current) >= used:
+            if mark != Mark() and inputs[:used] == current[:used]:
                 return Beginning(mark)
         changed = next(str(old[0]) for old, new in zip(inputs, [*current, [""]], strict=False) if old != new)
         return Beginning(refused=f"{changed} is not what it was")

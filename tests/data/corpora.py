@@ -32,6 +32,11 @@ def random_shape(num_documents: int, seed: int = 0, *, sentences: tuple[int, int
     return [draws.integers(1, 40, size=draws.integers(*sentences)).tolist() for _ in range(num_documents)]
 
 
+def starts_of(corpus: Corpus) -> np.ndarray:
+    """``[sentences + 1]`` first token of each sentence, then the number of tokens, from the lengths alone."""
+    return np.concatenate([[0], np.cumsum(np.array(corpus.lengths))])
+
+
 def make_source(corpus: Corpus, documents: np.ndarray | None = None, **changes) -> SampleSource:
     """Samples of a whole corpus or of some documents, with settings that a test may change."""
     values = {"sequence_length": 64, "short_share": 0.1, "pairs": "nsp", "seed": 1234}

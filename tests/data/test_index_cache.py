@@ -234,7 +234,7 @@ def test_of_four_processes_one_builds_and_the_others_wait(corpus):
     for lines in said[:3]:
         assert len(lines) == 1
         assert "is built by" in lines[0]
-        assert "waiting, for 60 s at most" in lines[0]
+            assert "waiting, for 59 s at most" in lines[0]
 
 
 def test_of_four_processes_one_mends_a_damaged_index(corpus):

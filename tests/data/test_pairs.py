@@ -10,6 +10,7 @@ from tests.data.corpora import (
     numbered_vocabulary,
     random_shape,
     restored,
+    starts_of,
 )
 
 NUM_SAMPLES = 20_000
@@ -27,7 +28,7 @@ def corpus(write_corpus):
 
 def owners(corpus, tokens):
     """Documents that the tokens stand in, from their ids."""
-    sentences = np.searchsorted(corpus.starts, tokens - FIRST, side="right") - 1
+    sentences = np.searchsorted(starts_of(corpus), tokens - FIRST, side="right") - 1
     return set((np.searchsorted(corpus.documents, sentences, side="right") - 1).tolist())
 
 
@@ -43,7 +44,7 @@ def test_random_b_is_from_another_document_and_any_other_b_follows_a(write_corpu
     shape = random_shape(num_documents, seed=3, sentences=(2, 30))
     corpus = write_corpus(numbered_documents(shape))
     batch = make_batches(corpus, vocabulary).batch(np.arange(2000))
-    sentence_starts = corpus.starts + FIRST
+    sentence_starts = starts_of(corpus) + FIRST
     for row, label in zip(restored(batch), batch.next_sentence_labels.tolist(), strict=True):
         a, b = halves(row)
         assert min(len(a), len(b)) >= 1
@@ -72,9 +73,9 @@ def test_untruncated_b_begins_where_a_ends(write_corpus, vocabulary):
     batch = make_batches(corpus, vocabulary, sequence_length=512, short_share=0.0).batch(np.arange(500))
     for row, label in zip(restored(batch), batch.next_sentence_labels.tolist(), strict=True):
         a, b = halves(row)
-        assert set(a[:1] - FIRST) | set(b[:1] - FIRST) <= set(corpus.starts)
+        assert set(a[:1] - FIRST) | set(b[:1] - FIRST) <= set(starts_of(corpus))
         assert label == (b[0] != a[-1] + 1) or label  # a random B may happen to be the next document
-        assert label or set(b[-1:] + 1 - FIRST) <= set(corpus.starts)
+        assert label or set(b[-1:] + 1 - FIRST) <= set(starts_of(corpus))
 
 
 def test_every_sentence_of_a_span_can_begin_b(write_corpus, vocabulary):

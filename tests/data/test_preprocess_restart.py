@@ -60,7 +60,7 @@ def test_kills_at_any_moment_do_not_change_a_byte(tmp_path, vocabulary_file, inp
         if kills < 8:
             before = journal_bytes(tmp_path)
             wait_until(partial(has_moved, tmp_path, before, process))
-            time.sleep(draws.random() * 0.25)
+            time.sleep(draws.random() * 0.06)
             process.send_signal(signal.SIGKILL)
             kills += process.wait() == -signal.SIGKILL
         assert kills < 9
