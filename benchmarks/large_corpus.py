@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bert_tp.data.corpus import Corpus
-from megatron_bert_tp.data.corpus_index import HEADER, MAGIC, VERSION
-from megatron_bert_tp.data.source import SampleSource, SourceSettings
+from megatron_bert_tp.data.corpus.index import HEADER, MAGIC, VERSION
+from megatron_bert_tp.data.corpus.mapped import Corpus
+from megatron_bert_tp.data.samples.source import SampleSource, SourceSettings
 from megatron_bert_tp.data.tokenizer import Vocabulary
 from megatron_bert_tp.errors import DataError
 

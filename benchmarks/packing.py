@@ -2,8 +2,8 @@
 
     python benchmarks/packing.py NAME=TEXT... --vocabulary vocab.txt [--rounds 5] [--lengths 128 512] [--json FILE]
 
-TEXT is a text file, or a folder of them; a line like ``CHAPTER IV`` or `` = Title = `` begins a document.  For each
-text and sequence length, one trainer for each way of packing takes the same steps, in turn within each round
+TEXT is a text file, or a folder of them; a line like ``CHAPTER IV`` or `` = Title = `` begins a document.  For
+each text and sequence length, one trainer for each way of packing takes the same steps, in turn within each round
 (hidden 256, 4 layers, one process, two threads, dropout 0.1).  The padding is that of the samples of an epoch, or
 of 50 steps of it; the speed counts real tokens alone, and ratios are taken round by round.
 """
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from megatron_bert_tp.config.load import load_config
 from megatron_bert_tp.config.schema import Config
-from megatron_bert_tp.data.preprocess import preprocess
+from megatron_bert_tp.data.preprocessing.preprocess import preprocess
 from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
 from megatron_bert_tp.training.build import build_trainer
 from megatron_bert_tp.training.processes import keep_freed_memory

@@ -26,9 +26,9 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
-from megatron_bert_tp.data.preprocess import preprocess
-from megatron_bert_tp.data.sentences import split_sentences
-from megatron_bert_tp.data.text import TextLayout
+from megatron_bert_tp.data.preprocessing.documents import TextLayout
+from megatron_bert_tp.data.preprocessing.preprocess import preprocess
+from megatron_bert_tp.data.preprocessing.sentences import split_sentences
 from megatron_bert_tp.data.tokenizer import Tokenizer
 
 CORES = len(os.sched_getaffinity(0))

@@ -22,11 +22,11 @@ import torch
 
 from megatron_bert_tp.config.schema import MaskingConfig
 from megatron_bert_tp.data.batches import PretrainingBatches
-from megatron_bert_tp.data.corpus import Corpus
-from megatron_bert_tp.data.corpus_writer import CorpusWriter
+from megatron_bert_tp.data.corpus.mapped import Corpus
+from megatron_bert_tp.data.corpus.writer import CorpusWriter
 from megatron_bert_tp.data.packing import Cutting
-from megatron_bert_tp.data.source import SampleSource, SourceSettings
-from megatron_bert_tp.data.spans import build_spans
+from megatron_bert_tp.data.samples.source import SampleSource, SourceSettings
+from megatron_bert_tp.data.samples.spans import build_spans
 from megatron_bert_tp.data.tokenizer import SPECIAL_TOKENS, Tokenizer, Vocabulary
 
 SEED, MICROBATCH = 1234, 32

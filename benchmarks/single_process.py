@@ -24,9 +24,9 @@ import torch
 from megatron_bert_tp.config.load import load_config
 from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.data.batch import Batch
-from megatron_bert_tp.data.preprocess import preprocess
-from megatron_bert_tp.data.text import TextLayout
-from megatron_bert_tp.data.vocabulary_training import train_tokenizer
+from megatron_bert_tp.data.preprocessing.documents import TextLayout
+from megatron_bert_tp.data.preprocessing.preprocess import preprocess
+from megatron_bert_tp.data.preprocessing.vocabulary_training import train_tokenizer
 from megatron_bert_tp.demo.corpus import build_corpus
 from megatron_bert_tp.demo.sources import installed_sources
 from megatron_bert_tp.model.initialisation import initial_tensor

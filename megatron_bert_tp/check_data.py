@@ -14,7 +14,7 @@ DAMAGED = 1
 def main(arguments: list[str]) -> int:
     """Report on each corpus; 1 when one of them is damaged or missing, which is told on stderr."""
     # Here, not above: `--help` needs neither numpy nor tokenizers.
-    from megatron_bert_tp.data.corpus_report import scan_corpus
+    from megatron_bert_tp.data.corpus.report import scan_corpus
     from megatron_bert_tp.data.tokenizer import Tokenizer
 
     given = _parser().parse_args(arguments)

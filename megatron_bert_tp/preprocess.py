@@ -11,7 +11,7 @@ from megatron_bert_tp.config.command_line import run_command
 from megatron_bert_tp.errors import DataError
 
 if TYPE_CHECKING:
-    from megatron_bert_tp.data.text import TextLayout
+    from megatron_bert_tp.data.preprocessing.documents import TextLayout
 
 _TRAIN = "train-tokenizer"
 _INVALID = ("error", "replace", "drop-line")
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
 
 def _preprocess(given: argparse.Namespace) -> str:
     # Here, not above: `--help` needs neither numpy nor tokenizers.
-    from megatron_bert_tp.data.preprocess import preprocess
+    from megatron_bert_tp.data.preprocessing.preprocess import preprocess
 
     report = preprocess(
         given.input,
@@ -45,7 +45,7 @@ def _preprocess(given: argparse.Namespace) -> str:
 
 
 def _train(given: argparse.Namespace) -> str:
-    from megatron_bert_tp.data.vocabulary_training import train_tokenizer
+    from megatron_bert_tp.data.preprocessing.vocabulary_training import train_tokenizer
 
     size = train_tokenizer(
         given.input,
@@ -62,8 +62,8 @@ def _train(given: argparse.Namespace) -> str:
 
 
 def _layout(given: argparse.Namespace) -> "TextLayout":
-    from megatron_bert_tp.data.lines import InvalidText
-    from megatron_bert_tp.data.text import TextLayout
+    from megatron_bert_tp.data.preprocessing.documents import TextLayout
+    from megatron_bert_tp.data.preprocessing.lines import InvalidText
 
     return TextLayout(
         field=given.field,

@@ -109,9 +109,9 @@ PLANTED = {
     "training": 8,
 }
 UP = "model/stage.py (floor 3) imports training (floor 8)"
-SIDEWAYS = "data/text.py (floor 2) imports pipeline (floor 2)"
+SIDEWAYS = "data/sources.py (floor 2) imports pipeline (floor 2)"
 INIT = "__init__.py imports model: the package itself imports nothing"
-RELATIVE = "data/text.py (floor 2) imports optim (floor 4)"
+RELATIVE = "data/sources.py (floor 2) imports optim (floor 4)"
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,9 @@ RELATIVE = "data/text.py (floor 2) imports optim (floor 4)"
     [
         ("model/stage.py", "from megatron_bert_tp.training.build import x", UP),
         ("model/stage.py", "def f():\n    import megatron_bert_tp.training", UP),
-        ("data/text.py", "from megatron_bert_tp import pipeline", SIDEWAYS),
-        ("data/text.py", "from ..optim import adamw", RELATIVE),
-        ("data/text.py", "from .. import optim", RELATIVE),
+        ("data/sources.py", "from megatron_bert_tp import pipeline", SIDEWAYS),
+        ("data/sources.py", "from ..optim import adamw", RELATIVE),
+        ("data/sources.py", "from .. import optim", RELATIVE),
         ("errors.py", "import megatron_bert_tp.config", "errors.py (floor 0) imports config (floor 0)"),
         ("errors.py", "import megatron_bert_tp", "errors.py imports the package itself, which has no floor"),
         (
@@ -140,7 +140,7 @@ def test_an_import_that_goes_up_is_told(path, text, message):
     ("path", "text"),
     [
         ("model/stage.py", "from megatron_bert_tp.parallel.mesh import Axis\nimport torch"),
-        ("data/text.py", "from . import spans\nfrom .spans import build_spans"),
+        ("data/sources.py", "from . import spans\nfrom .spans import build_spans"),
         ("config/load.py", "from megatron_bert_tp.errors import ConfigError"),
     ],
 )

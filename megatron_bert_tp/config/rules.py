@@ -201,11 +201,13 @@ def _rows_are_cut(microbatch: int | None, packing: str) -> Broken | None:
 
 
 def _bins_hold_a_sample(tokens: int | None, packing: str, sequence: int) -> Broken | None:
-    if packing == "none" or (tokens is not None and tokens >= -(-sequence // 8) * 8):
+    longest = -(-sequence // 8) * 8
+    if packing == "none" or (tokens is not None and tokens >= longest):
         return None
     return Broken(
-        f"must be at least data.sequence_length ({sequence}), rounded up to 8, where parallel.packing is {packing}",
-        f"give the tokens of one forward pass, for example parallel.microbatch_tokens: {8 * -(-sequence // 8) * 8}",
+        f"must be at least data.sequence_length ({sequence}) rounded up to 8, where parallel.packing is "
+        f"{packing}",
+        f"give the tokens of one forward pass, for example parallel.microbatch_tokens: {8 * longest}",
     )
 
 

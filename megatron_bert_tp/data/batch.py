@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from megatron_bert_tp.data.draws import Ints
-from megatron_bert_tp.data.masking import MaskedRows
 from megatron_bert_tp.data.packing import WIDTH_MULTIPLE, rounded
-from megatron_bert_tp.data.pairs import Pairs, Rows
+from megatron_bert_tp.data.samples.masking import MaskedRows
+from megatron_bert_tp.data.samples.pairs import Pairs, Rows
 from megatron_bert_tp.data.tokenizer import Vocabulary
 from megatron_bert_tp.parallel.cross_entropy import IGNORED
 
@@ -60,8 +60,9 @@ class Batch:
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changes: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **changes)
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)

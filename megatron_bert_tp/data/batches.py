@@ -8,14 +8,14 @@ import numpy as np
 from megatron_bert_tp.config.schema import MaskingConfig
 from megatron_bert_tp.data.batch import Batch, MaskedSamples, empty_batch, packed_batch, padded_batch
 from megatron_bert_tp.data.draws import Ints
-from megatron_bert_tp.data.masking import mask_rows
 from megatron_bert_tp.data.packing import Cutting, rounded
-from megatron_bert_tp.data.pairs import Pairs, Rows
+from megatron_bert_tp.data.samples.masking import mask_rows
+from megatron_bert_tp.data.samples.pairs import Pairs, Rows
 from megatron_bert_tp.data.tokenizer import Vocabulary
 
 
 class Samples(Protocol):
-    """Where samples come from (`data.source.SampleSource` fits it)."""
+    """Where samples come from (`data.samples.source.SampleSource` fits it)."""
 
     @property
     def num_samples_per_epoch(self) -> int:
@@ -73,7 +73,7 @@ class PretrainingBatches:
         return padded_batch(masked, slice(None), widest=self._sequence_length)
 
     def _cut(self, numbers: Ints) -> list[Batch]:
-        """This replica's microbatches of a step; all made in one go, since arrays cost less the larger they are."""
+        """This replica's microbatches of a step, all made in one go: large arrays cost less than many."""
         pairs = self._samples.pairs(numbers)
         microbatches = self._cutting.cut(pairs.lengths)
         mine = np.concatenate(microbatches)

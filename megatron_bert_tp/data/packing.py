@@ -58,7 +58,7 @@ def first_fit_decreasing(lengths: Ints, capacity: int) -> list[Ints]:
 
 
 def emptiest_first(lengths: Ints, num_bins: int) -> list[Ints]:
-    """So many bins of about the same number of tokens: the longest sample first, each into the emptiest (Graham 1969)."""
+    """So many bins of about as many tokens: the longest sample first, each into the emptiest (Graham 1969)."""
     held = np.zeros(num_bins, dtype=np.int64)
     bin_of = np.empty(len(lengths), dtype=np.int64)
     for place in np.argsort(-lengths, kind="stable").tolist():
@@ -69,7 +69,7 @@ def emptiest_first(lengths: Ints, num_bins: int) -> list[Ints]:
 
 
 def even_bins(lengths: Ints, capacity: int, data_size: int) -> list[Ints]:
-    """As many bins as first fit decreasing takes, or up to ``data_size - 1`` more, filled evenly where they can be.
+    """As many bins as first fit decreasing takes, or up to ``data_size - 1`` more, filled evenly if possible.
 
     Among full bins, one that is almost empty would leave replicas and pipeline stages waiting.
     """

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megatron_bert_tp.data.sentences import split_sentences
+from megatron_bert_tp.data.preprocessing.sentences import split_sentences
 
 MIN_WORDS, MAX_WORDS = 4, 120
 

@@ -3,9 +3,9 @@
 import shutil
 from pathlib import Path
 
-from megatron_bert_tp.data.preprocess import preprocess
-from megatron_bert_tp.data.text import TextLayout
-from megatron_bert_tp.data.vocabulary_training import train_tokenizer
+from megatron_bert_tp.data.preprocessing.documents import TextLayout
+from megatron_bert_tp.data.preprocessing.preprocess import preprocess
+from megatron_bert_tp.data.preprocessing.vocabulary_training import train_tokenizer
 from megatron_bert_tp.demo.corpus import build_corpus
 from megatron_bert_tp.demo.fill_mask import FillMask
 from megatron_bert_tp.errors import TrainingError

@@ -9,12 +9,12 @@ import numpy as np
 from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.data.batch import Batch
 from megatron_bert_tp.data.batches import PretrainingBatches
-from megatron_bert_tp.data.corpus import Corpus, check_token_ids, check_tokenizer
+from megatron_bert_tp.data.corpus.mapped import Corpus, check_token_ids, check_tokenizer
+from megatron_bert_tp.data.corpus.unigram import unigram_counts, unigram_cross_entropy
 from megatron_bert_tp.data.packing import Cutting
-from megatron_bert_tp.data.source import SampleSource, SourceSettings
-from megatron_bert_tp.data.splits import PartName
+from megatron_bert_tp.data.samples.source import SampleSource, SourceSettings
+from megatron_bert_tp.data.samples.splits import PartName
 from megatron_bert_tp.data.tokenizer import Tokenizer
-from megatron_bert_tp.data.unigram import unigram_counts, unigram_cross_entropy
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.parallel.cross_entropy import IGNORED
 from megatron_bert_tp.parallel.mesh import Axis

@@ -250,7 +250,8 @@ def test_packing_needs_room_for_a_sample_instead_of_a_microbatch(load, complaint
     packed = {"parallel.packing": packing, "parallel.microbatch": None, "optimizer.global_batch": "61"}
     for tokens in (None, "56"):
         message = complaint({**packed, "parallel.microbatch_tokens": tokens})
-        assert "must be at least data.sequence_length (64)" in problem_of(message, "parallel.microbatch_tokens", "")
+        problem = problem_of(message, "parallel.microbatch_tokens", "")
+        assert "must be at least data.sequence_length (64)" in problem
     assert load({**packed, "parallel.microbatch_tokens": "64"}).parallel.microbatch is None
 
 

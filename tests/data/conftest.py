@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_bert_tp.data.corpus import Corpus
-from megatron_bert_tp.data.corpus_writer import CorpusWriter
+from megatron_bert_tp.data.corpus.mapped import Corpus
+from megatron_bert_tp.data.corpus.writer import CorpusWriter
 from megatron_bert_tp.data.tokenizer import Tokenizer
 from tests.data.corpora import SPECIAL
 

@@ -5,10 +5,10 @@ import numpy as np
 from megatron_bert_tp.config.schema import MaskingConfig
 from megatron_bert_tp.data.batch import Batch
 from megatron_bert_tp.data.batches import PretrainingBatches
-from megatron_bert_tp.data.corpus import Corpus
+from megatron_bert_tp.data.corpus.mapped import Corpus
 from megatron_bert_tp.data.packing import Cutting
-from megatron_bert_tp.data.source import SampleSource, SourceSettings
-from megatron_bert_tp.data.spans import build_spans
+from megatron_bert_tp.data.samples.source import SampleSource, SourceSettings
+from megatron_bert_tp.data.samples.spans import build_spans
 from megatron_bert_tp.data.tokenizer import Vocabulary
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -6,10 +6,10 @@ import signal
 import time
 from pathlib import Path
 
-from megatron_bert_tp.data.corpus import Corpus
-from megatron_bert_tp.data.index_cache import IndexCache
-from megatron_bert_tp.data.span_rule import SpanRule
-from megatron_bert_tp.data.spans import SPAN_COLUMNS
+from megatron_bert_tp.data.corpus.mapped import Corpus
+from megatron_bert_tp.data.samples.index_cache import IndexCache
+from megatron_bert_tp.data.samples.span_rule import SpanRule
+from megatron_bert_tp.data.samples.spans import SPAN_COLUMNS
 
 RULE = SpanRule(sequence_length=32, short_share=0.1, seed=7)
 SPLIT = (80.0, 20.0, 0.0)

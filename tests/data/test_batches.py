@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_bert_tp.data.corpus import Corpus, check_token_ids
-from megatron_bert_tp.data.preprocess import preprocess
+from megatron_bert_tp.data.corpus.mapped import Corpus, check_token_ids
 from megatron_bert_tp.data.packing import Cutting
-from megatron_bert_tp.data.splits import split_documents
+from megatron_bert_tp.data.preprocessing.preprocess import preprocess
+from megatron_bert_tp.data.samples.splits import split_documents
 from megatron_bert_tp.data.tokenizer import Tokenizer
 from tests.data.corpora import (
     halves,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from megatron_bert_tp.data.blend import blend_weights, places_in_blend, samples_of_corpora
+from megatron_bert_tp.data.samples.blend import blend_weights, places_in_blend, samples_of_corpora
 from megatron_bert_tp.errors import DataError
 
 WEIGHTS = [[1], [1, 1], [3, 1], [1, 1000], [7, 2, 5], [1, 1, 1, 1, 1], [524288, 1, 262144, 262143]]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from megatron_bert_tp.data import corpus as corpus_module
-from megatron_bert_tp.data.corpus import Corpus, check_token_ids, check_tokenizer
-from megatron_bert_tp.data.corpus_index import open_plain, read_array, release
-from megatron_bert_tp.data.corpus_writer import CorpusWriter, token_type
+from megatron_bert_tp.data.corpus.index import open_plain, read_array, release
+from megatron_bert_tp.data.corpus.mapped import Corpus, check_token_ids, check_tokenizer
+from megatron_bert_tp.data.corpus.unigram import unigram_counts
+from megatron_bert_tp.data.corpus.writer import CorpusWriter, token_type
 from megatron_bert_tp.data.tokenizer import Tokenizer
-from megatron_bert_tp.data.unigram import unigram_counts
 from megatron_bert_tp.errors import DataError
 from tests.data.corpora import SPECIAL
 from tests.data.index_files import index_bytes, read_files, write_files

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert_tp.data.corpus import Corpus
+from megatron_bert_tp.data.corpus.mapped import Corpus
 from megatron_bert_tp.errors import DataError
 from tests.data.damages import (
     BIN,

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_bert_tp.data.sample_index import key_of
-from megatron_bert_tp.data.spans import SPAN_COLUMNS, build_spans
-from megatron_bert_tp.data.splits import part_of
+from megatron_bert_tp.data.samples.sample_index import key_of
+from megatron_bert_tp.data.samples.spans import SPAN_COLUMNS, build_spans
+from megatron_bert_tp.data.samples.splits import part_of
 from megatron_bert_tp.errors import DataError
 from tests.data.corpora import numbered_documents, random_shape
 from tests.data.index_processes import (
@@ -234,7 +234,7 @@ def test_of_four_processes_one_builds_and_the_others_wait(corpus):
     for lines in said[:3]:
         assert len(lines) == 1
         assert "is built by" in lines[0]
-            assert "waiting, for 59 s at most" in lines[0]
+        assert "waiting, for 59 s at most" in lines[0]
 
 
 def test_of_four_processes_one_mends_a_damaged_index(corpus):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from megatron_bert_tp.data.draws import Purpose, draw, streams
-from megatron_bert_tp.data.pairs import NO_LABEL, Pairs, _first_boundary, choose_pairs, lay_out, truncate
-from megatron_bert_tp.data.spans import build_spans
+from megatron_bert_tp.data.samples.pairs import NO_LABEL, Pairs, _first_boundary, choose_pairs, lay_out, truncate
+from megatron_bert_tp.data.samples.spans import build_spans
 from megatron_bert_tp.parallel.cross_entropy import IGNORED
 from tests.data.corpora import FIRST, numbered_documents, numbered_vocabulary, random_shape
 

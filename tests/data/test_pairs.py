@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from megatron_bert_tp.data.pairs import Pairs, truncate
+from megatron_bert_tp.data.samples.pairs import Pairs, truncate
 from tests.data.corpora import (
     FIRST,
     halves,

@@ -11,9 +11,9 @@ from megatron_bert_tp import preprocess as command
 from megatron_bert_tp.config.command_line import run_command
 from megatron_bert_tp.data import corpus_writer
 from megatron_bert_tp.data import preprocess as preprocessing
-from megatron_bert_tp.data.corpus import Corpus
-from megatron_bert_tp.data.preprocess import preprocess
-from megatron_bert_tp.data.text import TextLayout
+from megatron_bert_tp.data.corpus.mapped import Corpus
+from megatron_bert_tp.data.preprocessing.documents import TextLayout
+from megatron_bert_tp.data.preprocessing.preprocess import preprocess
 from megatron_bert_tp.data.tokenizer import Tokenizer
 from megatron_bert_tp.errors import DataError
 from tests.data.corpus_reader import read_corpus

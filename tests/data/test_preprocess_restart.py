@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 
-from megatron_bert_tp.data.preprocess import preprocess
+from megatron_bert_tp.data.preprocessing.preprocess import preprocess
 from megatron_bert_tp.errors import DataError
 from tests.data.corpus_reader import PACKERS
 

@@ -3,7 +3,7 @@ import tracemalloc
 
 import numpy as np
 
-from megatron_bert_tp.data.sampler import SampleOrder
+from megatron_bert_tp.data.samples.sampler import SampleOrder
 
 
 def test_each_epoch_visits_every_span_once_in_another_order():

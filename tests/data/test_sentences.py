@@ -3,8 +3,8 @@ import random
 import pytest
 import sentencex
 
-from megatron_bert_tp.data.languages import language_code
-from megatron_bert_tp.data.sentences import _windowed, segment, split_sentences
+from megatron_bert_tp.data.preprocessing.languages import language_code
+from megatron_bert_tp.data.preprocessing.sentences import _windowed, segment, split_sentences
 from megatron_bert_tp.errors import DataError
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from megatron_bert_tp.data.draws import Purpose, draw, streams
-from megatron_bert_tp.data.shuffle import permuted
+from megatron_bert_tp.data.samples.shuffle import permuted
 
 
 def keys(count: int, seed: int = 7) -> np.ndarray:

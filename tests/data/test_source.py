@@ -4,12 +4,12 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from megatron_bert_tp.data.blend import places_in_blend
-from megatron_bert_tp.data.pairs import choose_pairs, lay_out
-from megatron_bert_tp.data.sampler import SampleOrder
-from megatron_bert_tp.data.source import SampleSource, SourceSettings
-from megatron_bert_tp.data.spans import build_spans
-from megatron_bert_tp.data.splits import part_of
+from megatron_bert_tp.data.samples.blend import places_in_blend
+from megatron_bert_tp.data.samples.pairs import choose_pairs, lay_out
+from megatron_bert_tp.data.samples.sampler import SampleOrder
+from megatron_bert_tp.data.samples.source import SampleSource, SourceSettings
+from megatron_bert_tp.data.samples.spans import build_spans
+from megatron_bert_tp.data.samples.splits import part_of
 from megatron_bert_tp.errors import DataError
 from tests.data.corpora import numbered_documents, numbered_vocabulary, random_shape
 

@@ -8,9 +8,9 @@ import pytest
 
 from megatron_bert_tp.config.schema import MaskingConfig
 from megatron_bert_tp.data.draws import Purpose, draw, streams
-from megatron_bert_tp.data.masking import mask_rows
-from megatron_bert_tp.data.pairs import Rows
-from megatron_bert_tp.data.span_masking import choose_tokens, draw_span_lengths, span_length_shares
+from megatron_bert_tp.data.samples.masking import mask_rows
+from megatron_bert_tp.data.samples.pairs import Rows
+from megatron_bert_tp.data.samples.span_masking import choose_tokens, draw_span_lengths, span_length_shares
 from tests.data.corpora import numbered_vocabulary
 
 SEED = 99

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from megatron_bert_tp.data import span_walk
-from megatron_bert_tp.data.corpus import Corpus
-from megatron_bert_tp.data.span_rule import SpanRule
-from megatron_bert_tp.data.spans import build_spans
-from megatron_bert_tp.data.splits import part_of
+from megatron_bert_tp.data.corpus.mapped import Corpus
+from megatron_bert_tp.data.samples.span_rule import SpanRule
+from megatron_bert_tp.data.samples.spans import build_spans
+from megatron_bert_tp.data.samples.splits import part_of
 from megatron_bert_tp.errors import DataError
 from tests.data.corpora import numbered_documents, random_shape
 

@@ -3,7 +3,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from megatron_bert_tp.data.splits import PART_NAMES, part_of, split_documents
+from megatron_bert_tp.data.samples.splits import PART_NAMES, part_of, split_documents
 from megatron_bert_tp.errors import DataError
 
 

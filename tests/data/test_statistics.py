@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from megatron_bert_tp.config.schema import MaskingConfig
-from megatron_bert_tp.data.corpus import Corpus
-from megatron_bert_tp.data.corpus_writer import CorpusWriter
-from megatron_bert_tp.data.masking import mask_rows
-from megatron_bert_tp.data.pairs import choose_pairs, lay_out
-from megatron_bert_tp.data.sampler import SampleOrder
-from megatron_bert_tp.data.span_masking import draw_span_lengths
-from megatron_bert_tp.data.spans import build_spans
+from megatron_bert_tp.data.corpus.mapped import Corpus
+from megatron_bert_tp.data.corpus.writer import CorpusWriter
+from megatron_bert_tp.data.samples.masking import mask_rows
+from megatron_bert_tp.data.samples.pairs import choose_pairs, lay_out
+from megatron_bert_tp.data.samples.sampler import SampleOrder
+from megatron_bert_tp.data.samples.span_masking import draw_span_lengths
+from megatron_bert_tp.data.samples.spans import build_spans
 from megatron_bert_tp.data.tokenizer import Tokenizer, Vocabulary
 
 NUM_SAMPLES, AT_ONCE = 100_000, 5_000

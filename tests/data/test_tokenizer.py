@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from tokenizers.implementations import BertWordPieceTokenizer
 
+from megatron_bert_tp.data.preprocessing.vocabulary_training import train_wordpiece
 from megatron_bert_tp.data.tokenizer import Tokenizer
-from megatron_bert_tp.data.vocabulary_training import train_wordpiece
 from megatron_bert_tp.errors import DataError
 from tests.data.corpora import SPECIAL
 
@@ -16,7 +16,7 @@ SENTENCES = [
 TRAIN = """
 import sys
 from pathlib import Path
-from megatron_bert_tp.data.vocabulary_training import train_wordpiece
+from megatron_bert_tp.data.preprocessing.vocabulary_training import train_wordpiece
 train_wordpiece(lambda: {sentences!r}, 200, True, Path(sys.argv[1]))
 """
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_bert_tp.data import unigram
-from megatron_bert_tp.data.unigram import unigram_counts, unigram_cross_entropy
+from megatron_bert_tp.data.corpus.unigram import unigram_counts, unigram_cross_entropy
 
 
 @pytest.mark.parametrize(("block", "tokens"), [(1, 1), (5, 20), (7, 54), (1000, 100), (1000, 10**6)])

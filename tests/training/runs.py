@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_bert_tp.data.corpus_writer import CorpusWriter
+from megatron_bert_tp.data.corpus.writer import CorpusWriter
 from megatron_bert_tp.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]

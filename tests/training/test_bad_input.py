@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert_tp.data.corpus import Corpus
+from megatron_bert_tp.data.corpus.mapped import Corpus
 from tests.training.runs import make_data, pretrain
 
 

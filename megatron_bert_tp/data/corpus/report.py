@@ -9,9 +9,9 @@ from typing import Any
 from rich.markup import escape
 
 from megatron_bert_tp.data.byte_progress import ByteProgress
-from megatron_bert_tp.data.corpus import Corpus, check_tokenizer
-from megatron_bert_tp.data.corpus_facts import corpus_paths
-from megatron_bert_tp.data.corpus_scan import LONG_SENTENCE, Found, IndexScan, TokenScan, scan_index, scan_tokens
+from megatron_bert_tp.data.corpus.facts import corpus_paths
+from megatron_bert_tp.data.corpus.mapped import Corpus, check_tokenizer
+from megatron_bert_tp.data.corpus.scan import LONG_SENTENCE, Found, IndexScan, TokenScan, scan_index, scan_tokens
 from megatron_bert_tp.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from megatron_bert_tp.errors import DataError
 

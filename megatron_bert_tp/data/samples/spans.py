@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.format import open_memmap
 
-from megatron_bert_tp.data.corpus import Corpus
+from megatron_bert_tp.data.corpus.mapped import Corpus
 from megatron_bert_tp.data.draws import Ints
-from megatron_bert_tp.data.span_rule import PairTask, SpanRule
-from megatron_bert_tp.data.span_walk import Block, walk
-from megatron_bert_tp.data.splits import DocumentSet, ListedDocuments
+from megatron_bert_tp.data.samples.span_rule import PairTask, SpanRule
+from megatron_bert_tp.data.samples.span_walk import Block, walk
+from megatron_bert_tp.data.samples.splits import DocumentSet, ListedDocuments
 from megatron_bert_tp.errors import DataError
 
 

@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bert_tp.data.corpus_check import OpenIndex, check_index
-from megatron_bert_tp.data.corpus_facts import CorpusFacts, corpus_paths
-from megatron_bert_tp.data.corpus_index import (
+from megatron_bert_tp.data.corpus.check import OpenIndex, check_index
+from megatron_bert_tp.data.corpus.facts import CorpusFacts, corpus_paths
+from megatron_bert_tp.data.corpus.index import (
     LENGTH_TYPE,
     PLACE_TYPE,
     Layout,

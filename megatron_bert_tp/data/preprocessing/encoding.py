@@ -18,11 +18,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bert_tp.data.pieces import Piece, Place
-from megatron_bert_tp.data.sentences import split_sentences
-from megatron_bert_tp.data.text import InputCounts
+from megatron_bert_tp.data.preprocessing.documents import InputCounts
+from megatron_bert_tp.data.preprocessing.pieces import Piece, Place
+from megatron_bert_tp.data.preprocessing.sentences import split_sentences
+from megatron_bert_tp.data.preprocessing.word_cache import WordCache
 from megatron_bert_tp.data.tokenizer import Tokenizer
-from megatron_bert_tp.data.word_cache import WordCache
 from megatron_bert_tp.errors import DataError
 
 

@@ -13,11 +13,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TextIO
 
-from megatron_bert_tp.data.corpus import Corpus
-from megatron_bert_tp.data.sample_index import FACTS, MadeFrom, UnusableIndexError, key_of, read_index, write_index
-from megatron_bert_tp.data.span_rule import SpanRule
-from megatron_bert_tp.data.spans import Spans, join_spans, span_blocks, span_types
-from megatron_bert_tp.data.splits import PartName, Shares, part_of
+from megatron_bert_tp.data.corpus.mapped import Corpus
+from megatron_bert_tp.data.samples.sample_index import (
+    FACTS,
+    MadeFrom,
+    UnusableIndexError,
+    key_of,
+    read_index,
+    write_index,
+)
+from megatron_bert_tp.data.samples.span_rule import SpanRule
+from megatron_bert_tp.data.samples.spans import Spans, join_spans, span_blocks, span_types
+from megatron_bert_tp.data.samples.splits import PartName, Shares, part_of
 from megatron_bert_tp.errors import DataError
 
 FORMAT = 1  # counts up whenever the same facts would lead to other spans or other files

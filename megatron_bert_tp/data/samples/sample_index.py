@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.format import write_array_header_1_0
 
-from megatron_bert_tp.data.spans import SPAN_COLUMNS, Spans, map_spans
+from megatron_bert_tp.data.samples.spans import SPAN_COLUMNS, Spans, map_spans
 
 FACTS = "facts.json"
 _LARGEST_FACTS = 1 << 20  # bytes

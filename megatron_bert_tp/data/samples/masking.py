@@ -6,8 +6,8 @@ import numpy as np
 
 from megatron_bert_tp.config.schema import MaskingConfig
 from megatron_bert_tp.data.draws import Ints, Purpose, below, draw, streams, uniform
-from megatron_bert_tp.data.pairs import Rows
-from megatron_bert_tp.data.span_masking import Flags, choose_tokens
+from megatron_bert_tp.data.samples.pairs import Rows
+from megatron_bert_tp.data.samples.span_masking import Flags, choose_tokens
 from megatron_bert_tp.data.tokenizer import Vocabulary
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bert_tp.data.draws import Ints, Purpose, streams
-from megatron_bert_tp.data.shuffle import permuted
+from megatron_bert_tp.data.samples.shuffle import permuted
 from megatron_bert_tp.errors import DataError
 
 PartName = Literal["training", "validation", "test"]

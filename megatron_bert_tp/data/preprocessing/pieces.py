@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from megatron_bert_tp.data.lines import is_blank, read_lines
+from megatron_bert_tp.data.preprocessing.lines import is_blank, read_lines
 
 PIECE = 1 << 20
 """Bytes of a document after which it may be handed on in pieces."""

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bert_tp.data.corpus import Corpus
-from megatron_bert_tp.data.corpus_index import open_plain, read_array, release
+from megatron_bert_tp.data.corpus.index import open_plain, read_array, release
+from megatron_bert_tp.data.corpus.mapped import Corpus
 from megatron_bert_tp.data.draws import Ints
 from megatron_bert_tp.data.refusals import reading
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from megatron_bert_tp.data.draws import Ints, Purpose, draw, streams
-from megatron_bert_tp.data.shuffle import permuted
+from megatron_bert_tp.data.samples.shuffle import permuted
 
 
 class SampleOrder:

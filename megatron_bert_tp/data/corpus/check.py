@@ -7,7 +7,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bert_tp.data.corpus_index import (
+from megatron_bert_tp.data.corpus.index import (
     DAMAGED,
     LENGTH_TYPE,
     MAKE_IT,

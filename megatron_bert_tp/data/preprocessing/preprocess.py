@@ -10,14 +10,14 @@ from itertools import accumulate
 from pathlib import Path
 
 from megatron_bert_tp.data.byte_progress import ByteProgress
-from megatron_bert_tp.data.corpus_facts import CorpusFacts, corpus_paths
-from megatron_bert_tp.data.corpus_writer import CorpusWriter, discard, publish, token_type
-from megatron_bert_tp.data.encoding import Chunk, EncodedChunk, Encoding, encoded_chunks
-from megatron_bert_tp.data.journal import Beginning, Journal, Mark, Request
-from megatron_bert_tp.data.languages import language_code
-from megatron_bert_tp.data.pieces import Piece
-from megatron_bert_tp.data.report import PreprocessReport, report_of
-from megatron_bert_tp.data.text import TextLayout, check_inputs, read_file
+from megatron_bert_tp.data.corpus.facts import CorpusFacts, corpus_paths
+from megatron_bert_tp.data.corpus.writer import CorpusWriter, discard, publish, token_type
+from megatron_bert_tp.data.preprocessing.documents import TextLayout, check_inputs, read_file
+from megatron_bert_tp.data.preprocessing.encoding import Chunk, EncodedChunk, Encoding, encoded_chunks
+from megatron_bert_tp.data.preprocessing.journal import Beginning, Journal, Mark, Request
+from megatron_bert_tp.data.preprocessing.languages import language_code
+from megatron_bert_tp.data.preprocessing.pieces import Piece
+from megatron_bert_tp.data.preprocessing.report import PreprocessReport, report_of
 from megatron_bert_tp.data.tokenizer import Tokenizer
 from megatron_bert_tp.errors import DataError
 

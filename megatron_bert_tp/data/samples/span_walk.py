@@ -4,9 +4,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from megatron_bert_tp.data.corpus import Corpus
+from megatron_bert_tp.data.corpus.mapped import Corpus
 from megatron_bert_tp.data.draws import Ints
-from megatron_bert_tp.data.span_rule import SpanRule
+from megatron_bert_tp.data.samples.span_rule import SpanRule
 
 _BLOCK = 1 << 18  # sentences; the tokens before each of them fit a core's cache
 _FEW = 128  # documents: with fewer, all their sentences at once cost less than a round for each span

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bert_tp.data.corpus import Corpus
+from megatron_bert_tp.data.corpus.mapped import Corpus
 from megatron_bert_tp.data.draws import Bits, Ints, Purpose, below, draw, streams
-from megatron_bert_tp.data.span_rule import PairTask
-from megatron_bert_tp.data.spans import Spans
+from megatron_bert_tp.data.samples.span_rule import PairTask
+from megatron_bert_tp.data.samples.spans import Spans
 from megatron_bert_tp.data.tokenizer import Vocabulary
 
 NO_LABEL = -100

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_bert_tp.data.corpus_facts import CorpusFacts, Report
-from megatron_bert_tp.data.corpus_writer import Documents, Written
-from megatron_bert_tp.data.encoding import EncodedChunk
-from megatron_bert_tp.data.text import InputCounts
+from megatron_bert_tp.data.corpus.facts import CorpusFacts, Report
+from megatron_bert_tp.data.corpus.writer import Documents, Written
+from megatron_bert_tp.data.preprocessing.documents import InputCounts
+from megatron_bert_tp.data.preprocessing.encoding import EncodedChunk
 
 _POWERS = 2 ** np.arange(1, 48, dtype=np.int64)
 _BAR = 40  # characters

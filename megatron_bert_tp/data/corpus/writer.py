@@ -13,8 +13,8 @@ from typing import BinaryIO, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bert_tp.data.corpus_facts import CorpusFacts, Report, corpus_paths
-from megatron_bert_tp.data.corpus_index import HEADER, MAGIC, TOKEN_TYPES, VERSION
+from megatron_bert_tp.data.corpus.facts import CorpusFacts, Report, corpus_paths
+from megatron_bert_tp.data.corpus.index import HEADER, MAGIC, TOKEN_TYPES, VERSION
 from megatron_bert_tp.data.refusals import writing
 from megatron_bert_tp.data.tokenizer import Tokenizer
 from megatron_bert_tp.errors import DataError

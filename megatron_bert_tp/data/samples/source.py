@@ -7,15 +7,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from megatron_bert_tp.data.blend import blend_weights, places_in_blend, samples_of_corpora
-from megatron_bert_tp.data.corpus import Corpus
+from megatron_bert_tp.data.corpus.mapped import Corpus
 from megatron_bert_tp.data.draws import Ints
-from megatron_bert_tp.data.index_cache import IndexCache
-from megatron_bert_tp.data.pairs import Pairs, Rows, choose_pairs, lay_out
-from megatron_bert_tp.data.sampler import SampleOrder
-from megatron_bert_tp.data.span_rule import PairTask, SpanRule
-from megatron_bert_tp.data.spans import Spans
-from megatron_bert_tp.data.splits import PartName, Shares, part_of
+from megatron_bert_tp.data.samples.blend import blend_weights, places_in_blend, samples_of_corpora
+from megatron_bert_tp.data.samples.index_cache import IndexCache
+from megatron_bert_tp.data.samples.pairs import Pairs, Rows, choose_pairs, lay_out
+from megatron_bert_tp.data.samples.sampler import SampleOrder
+from megatron_bert_tp.data.samples.span_rule import PairTask, SpanRule
+from megatron_bert_tp.data.samples.spans import Spans
+from megatron_bert_tp.data.samples.splits import PartName, Shares, part_of
 from megatron_bert_tp.data.tokenizer import Vocabulary
 
 

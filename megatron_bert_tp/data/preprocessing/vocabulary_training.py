@@ -8,9 +8,9 @@ import tokenizers
 from tokenizers import normalizers, trainers
 
 from megatron_bert_tp.data.byte_progress import ByteProgress
-from megatron_bert_tp.data.pieces import Place
+from megatron_bert_tp.data.preprocessing.documents import InputCounts, TextLayout, check_inputs, read_file
+from megatron_bert_tp.data.preprocessing.pieces import Place
 from megatron_bert_tp.data.refusals import writing
-from megatron_bert_tp.data.text import InputCounts, TextLayout, check_inputs, read_file
 from megatron_bert_tp.data.tokenizer import CONTINUATION, SPECIAL_TOKENS, bert_tokenizer
 from megatron_bert_tp.errors import DataError
 

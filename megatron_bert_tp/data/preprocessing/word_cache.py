@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bert_tp.data.corpus_writer import token_type
+from megatron_bert_tp.data.corpus.writer import token_type
 from megatron_bert_tp.data.tokenizer import Tokenizer
 
 _MOST_WORDS = 250_000  # about 50 MB

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from megatron_bert_tp.data.corpus import Corpus
-from megatron_bert_tp.data.corpus_index import release
+from megatron_bert_tp.data.corpus.index import release
+from megatron_bert_tp.data.corpus.mapped import Corpus
 from megatron_bert_tp.data.draws import Ints
 
 _BLOCK = 1 << 14  # documents

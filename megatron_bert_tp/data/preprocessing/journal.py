@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_bert_tp.data.corpus_writer import Written, temporary_paths
-from megatron_bert_tp.data.pieces import Place
+from megatron_bert_tp.data.corpus.writer import Written, temporary_paths
+from megatron_bert_tp.data.preprocessing.documents import InputCounts
+from megatron_bert_tp.data.preprocessing.pieces import Place
+from megatron_bert_tp.data.preprocessing.report import Tally
 from megatron_bert_tp.data.refusals import writing
-from megatron_bert_tp.data.report import Tally
-from megatron_bert_tp.data.text import InputCounts
 
 _FORMAT = 1
 

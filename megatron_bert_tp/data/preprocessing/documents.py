@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_bert_tp.data.compressed import Stream, inner_suffix, open_stream, recognised
-from megatron_bert_tp.data.lines import Decoder, InvalidText, clean, read_lines
-from megatron_bert_tp.data.parquet import read_rows
-from megatron_bert_tp.data.pieces import Piece, Place, text_parts, text_pieces
+from megatron_bert_tp.data.preprocessing.compressed import Stream, inner_suffix, open_stream, recognised
+from megatron_bert_tp.data.preprocessing.lines import Decoder, InvalidText, clean, read_lines
+from megatron_bert_tp.data.preprocessing.parquet import read_rows
+from megatron_bert_tp.data.preprocessing.pieces import Piece, Place, text_parts, text_pieces
 from megatron_bert_tp.errors import DataError
 
 _BLOCK = 1 << 20

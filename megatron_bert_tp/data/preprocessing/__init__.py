@@ -1,0 +1,1 @@
+"""From files of text to a corpus or a vocabulary."""

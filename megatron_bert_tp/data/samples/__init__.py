@@ -1,0 +1,1 @@
+"""From sample numbers to masked sentence pairs: spans, order, index, blends, pairs, masks."""
