@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_bert_tp.check_data import main
-from megatron_bert_tp.data import corpus_scan
+from megatron_bert_tp.data.corpus import scan
 from megatron_bert_tp.errors import DataError
 from tests.data.corpora import SPECIAL
 from tests.data.index_files import index_bytes, write_files
@@ -47,8 +47,8 @@ def random_documents(seed):
 def test_every_number_of_the_report_is_that_of_a_count_by_hand(
     tmp_path, capsys, monkeypatch, vocabulary_file, letter, block
 ):
-    monkeypatch.setattr(corpus_scan, "_BLOCK", 100 * block)
-    monkeypatch.setattr(corpus_scan, "_INDEX_BLOCK", block)
+    monkeypatch.setattr(scan, "_BLOCK", 100 * block)
+    monkeypatch.setattr(scan, "_INDEX_BLOCK", block)
     documents = random_documents(1)
     write_files(tmp_path / "corpus", documents, letter=letter)
     _, found = report_of(capsys, tmp_path / "corpus", "--tokenizer", vocabulary_file)
@@ -159,7 +159,7 @@ def test_another_tokenizer_is_told(tmp_path, capsys, write_corpus, vocabulary_fi
 def test_special_tokens_inside_the_text_are_told_with_the_first_place(
     tmp_path, capsys, monkeypatch, vocabulary_file, number, block
 ):
-    monkeypatch.setattr(corpus_scan, "_BLOCK", block)
+    monkeypatch.setattr(scan, "_BLOCK", block)
     write_files(tmp_path / "corpus", [*CORPUS, [[5, 6], [7, number, number, 8]]])
     code, _, err = check(capsys, tmp_path / "corpus", "--tokenizer", vocabulary_file)
     assert (code, err.count("error: ")) == (1, 1)
@@ -169,7 +169,7 @@ def test_special_tokens_inside_the_text_are_told_with_the_first_place(
 
 @pytest.mark.parametrize("block", [1, 15, 1 << 20])
 def test_ids_outside_are_told_with_the_first_place(tmp_path, capsys, monkeypatch, vocabulary_file, block):
-    monkeypatch.setattr(corpus_scan, "_BLOCK", block)
+    monkeypatch.setattr(scan, "_BLOCK", block)
     write_files(tmp_path / "corpus", [*CORPUS, [[5, -6], [200, 7]]], letter="i")
     code, _, err = check(capsys, tmp_path / "corpus", "--tokenizer", vocabulary_file)
     assert code == 1

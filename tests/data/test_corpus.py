@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from megatron_bert_tp.data import corpus as corpus_module
+from megatron_bert_tp.data.corpus import mapped
 from megatron_bert_tp.data.corpus.index import open_plain, read_array, release
 from megatron_bert_tp.data.corpus.mapped import Corpus, check_token_ids, check_tokenizer
 from megatron_bert_tp.data.corpus.unigram import unigram_counts
@@ -115,7 +115,7 @@ def test_starts_of_any_shape_end_with_the_number_of_tokens(tmp_path):
 
 @pytest.mark.parametrize("block", [1, 4, 5, 1 << 20])
 def test_digest_is_of_item_size_lengths_and_boundaries(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(corpus_module, "_BLOCK", block)
+    monkeypatch.setattr(mapped, "_BLOCK", block)
     corpus = Corpus.open(write_files(tmp_path / "corpus", DOCUMENTS))
     content = struct.pack("<3Q6i4q", 2, 6, 4, *[3, 1, 2, 2, 1, 4], *[0, 2, 3, 6])
     assert corpus.digest == hashlib.sha256(content).hexdigest()
@@ -213,7 +213,7 @@ def test_facts_stand_beside_the_corpus(write_corpus, tmp_path, tokenizer):
 
 @pytest.mark.parametrize("block", [1, 3, 1 << 20])
 def test_id_outside_the_vocabulary_is_named_with_its_sentence(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(corpus_module, "_BLOCK", block)
+    monkeypatch.setattr(mapped, "_BLOCK", block)
     corpus = Corpus.open(write_files(tmp_path / "high", DOCUMENTS))
     check_token_ids(corpus, 18)
     with pytest.raises(DataError, match=r"high\.bin: .*0\.\.14, but sentence 5 holds 15"):

@@ -122,6 +122,11 @@ def test_packed_bins_stay_full_where_even_ones_would_overflow():
     assert [lengths[members].tolist() for members in even_bins(lengths, 12, 1)] == [[6, 6], [4, 4, 4]]
 
 
+def test_bins_of_like_lengths_hold_the_padding_that_widths_need():
+    """Rows of 97 are 104 wide: three of them fit into 400, not four."""
+    assert [len(members) for members in like_lengths(np.full(7, 97), 400)] == [3, 3, 1]
+
+
 def test_bins_of_like_lengths_waste_less_than_samples_in_order():
     lengths = np.random.default_rng(0).integers(5, 129, 512)
     padded = [len(m) * rounded(int(lengths[m].max())) for m in like_lengths(lengths, 1024)]

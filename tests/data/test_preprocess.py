@@ -9,9 +9,9 @@ import pytest
 
 from megatron_bert_tp import preprocess as command
 from megatron_bert_tp.config.command_line import run_command
-from megatron_bert_tp.data import corpus_writer
-from megatron_bert_tp.data import preprocess as preprocessing
+from megatron_bert_tp.data.corpus import writer
 from megatron_bert_tp.data.corpus.mapped import Corpus
+from megatron_bert_tp.data.preprocessing import preprocess as preprocessing
 from megatron_bert_tp.data.preprocessing.documents import TextLayout
 from megatron_bert_tp.data.preprocessing.preprocess import preprocess
 from megatron_bert_tp.data.tokenizer import Tokenizer
@@ -211,7 +211,7 @@ def test_fewer_entries_than_asked_for_are_told(tmp_path, capsys):
 
 
 def test_index_of_many_blocks_points_at_every_sentence(tmp_path, vocabulary_file, monkeypatch):
-    monkeypatch.setattr(corpus_writer, "_BLOCK", 7)
+    monkeypatch.setattr(writer, "_BLOCK", 7)
     lines = [" ".join(["w5", "w6", "w7"][: n % 3 + 1]) for n in range(50)]
     (tmp_path / "a.txt").write_text("\n".join(lines))
     layout = TextLayout(sentence_per_line=True)

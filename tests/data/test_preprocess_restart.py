@@ -18,7 +18,7 @@ from tests.data.corpus_reader import PACKERS
 RUN = """
 import sys
 from pathlib import Path
-from megatron_bert_tp.data import preprocess as module
+from megatron_bert_tp.data.preprocessing import preprocess as module
 if __name__ == "__main__":
     module.CHUNK = 4000
     vocabulary, output, workers, *inputs = sys.argv[1:]
@@ -63,8 +63,9 @@ def test_kills_at_any_moment_do_not_change_a_byte(tmp_path, vocabulary_file, inp
             time.sleep(draws.random() * 0.06)
             process.send_signal(signal.SIGKILL)
             kills += process.wait() == -signal.SIGKILL
-        assert kills < 9
-        resumed += "an earlier run was cut off; goes on after" in process.communicate()[1]
+        told = process.communicate()[1]
+        assert process.returncode in (0, -signal.SIGKILL), told
+        resumed += "an earlier run was cut off; goes on after" in told
     assert kills >= 3
     assert resumed >= 3
     assert corpus_bytes(tmp_path, "out") == corpus_bytes(tmp_path, "whole")

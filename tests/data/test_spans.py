@@ -4,8 +4,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from megatron_bert_tp.data import span_walk
 from megatron_bert_tp.data.corpus.mapped import Corpus
+from megatron_bert_tp.data.samples import span_walk
 from megatron_bert_tp.data.samples.span_rule import SpanRule
 from megatron_bert_tp.data.samples.spans import build_spans
 from megatron_bert_tp.data.samples.splits import part_of

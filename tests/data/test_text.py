@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from megatron_bert_tp.data import lines, pieces
+from megatron_bert_tp.data.preprocessing import lines, pieces
 from megatron_bert_tp.data.preprocessing.documents import InputCounts, TextLayout, check_inputs, read_file
 from megatron_bert_tp.data.preprocessing.pieces import Place
 from megatron_bert_tp.errors import DataError

@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_bert_tp.data import unigram
+from megatron_bert_tp.data.corpus import unigram
 from megatron_bert_tp.data.corpus.unigram import unigram_counts, unigram_cross_entropy
 
 

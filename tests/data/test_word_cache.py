@@ -5,7 +5,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 from tokenizers.implementations import BertWordPieceTokenizer
 
-from megatron_bert_tp.data import word_cache
+from megatron_bert_tp.data.preprocessing import word_cache
 from megatron_bert_tp.data.preprocessing.word_cache import WordCache
 from megatron_bert_tp.data.tokenizer import Tokenizer
 from tests.data.corpora import SPECIAL

@@ -16,7 +16,7 @@ def test_every_step_is_one_record_with_all_that_is_promised(finished_run):
     wanted |= {"data_seconds", "padding"}
     assert all(set(row) == wanted for row in rows)
     assert all(row["loss"] == row["mlm_loss"] + row["nsp_loss"] for row in rows)
-    assert all(0 <= row["data_seconds"] < row["seconds"] for row in rows)
+    assert all(0 < row["data_seconds"] < row["seconds"] for row in rows)
     # Of eight samples two to a microbatch, some rows are padded, and to less than twice the tokens.
     assert all(0 <= row["padding"] < 0.5 for row in rows)
     assert max(row["padding"] for row in rows) > 0
