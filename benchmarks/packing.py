@@ -1,11 +1,13 @@
 """What packing saves: the share of padding that is computed, and tokens per second, on real text.
 
-    python benchmarks/packing.py NAME=TEXT... --vocabulary vocab.txt [--rounds 5] [--lengths 128 512] [--json FILE]
+    python benchmarks/packing.py NAME=TEXT... --vocabulary FILE [--rounds 5] [--lengths 128 512] [--json FILE]
 
-TEXT is a text file, or a folder of them; a line like ``CHAPTER IV`` or `` = Title = `` begins a document.  For
-each text and sequence length, one trainer for each way of packing takes the same steps, in turn within each round
-(hidden 256, 4 layers, one process, two threads, dropout 0.1).  The padding is that of the samples of an epoch, or
-of 50 steps of it; the speed counts real tokens alone, and ratios are taken round by round.
+TEXT is a text file, or a folder of them; a line like ``CHAPTER IV`` or `` = Title = `` begins a document, and
+where NAME ends in ``-paragraphs``, every paragraph of 200 characters or more is one.  For each text and sequence
+length, one trainer for each way of packing takes the same steps, in turn within each round (hidden 256, 8 layers,
+one process, two threads, dropout 0.1).  The padding is that of the samples of an epoch, or of 50 steps of it; the
+speed counts real tokens alone, and ratios are taken round by round.  Last comes the share of the time of all steps
+that was spent waiting for data.
 """
 
 import argparse
@@ -35,7 +37,7 @@ WAYS = ("none", "bins", "packed")
 THREADS, WARMUP, PADDING_STEPS = 2, 1, 50
 _HEAD = re.compile(r"\s*((CHAPTER|BOOK|PART|PHASE)\b.{0,60}|= [^=].* =)\s*")
 SETTINGS = """\
-model: {{vocab_size: 30592, hidden_size: 256, num_hidden_layers: 4, num_attention_heads: 4, \
+model: {{vocab_size: 30592, hidden_size: 256, num_hidden_layers: 8, num_attention_heads: 8, \
 intermediate_size: 1024, max_position_embeddings: {length}}}
 data: {{corpus: "{folder}/{name}", tokenizer: "{vocabulary}", sequence_length: {length}, split: [100, 0, 0]}}
 objective: {{pairs: nsp}}
@@ -75,9 +77,17 @@ def make_corpus(path: Path, vocabulary: Path, prefix: Path) -> None:
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     lines = prefix.with_suffix(".jsonl")
     with lines.open("w", encoding="utf-8") as out:
-        for document in (document for file in files for document in documents(file)):
+        cut = paragraphs if prefix.name.endswith("-paragraphs") else documents
+        for document in (document for file in files for document in cut(file)):
             out.write(json.dumps({"text": document}) + "\n")
     preprocess([lines], vocabulary, prefix, workers=2)
+
+
+def paragraphs(file: Path) -> Iterator[str]:
+    """What stands between blank lines, without headings."""
+    for text in re.split(r"\n\s*\n", file.read_text(encoding="utf-8-sig")):
+        if len(text) >= 200:
+            yield text
 
 
 def documents(file: Path) -> Iterator[str]:
@@ -101,7 +111,7 @@ def measure(folder: Path, name: str, length: int, given: argparse.Namespace) -> 
     file.write_text(SETTINGS.format(**values, **sizes), encoding="utf-8")
     configs = {way: load_config(file, [f"parallel.packing={way}"]) for way in WAYS}
     texts = {way: open_texts(config, Axis.alone("data"), say=print) for way, config in configs.items()}
-    speeds = alternate(configs, texts, given.rounds)
+    speeds, waiting = alternate(configs, texts, given.rounds)
     samples = texts["none"].training.num_samples_per_epoch
     return {
         "samples_per_epoch": samples,
@@ -110,6 +120,7 @@ def measure(folder: Path, name: str, length: int, given: argparse.Namespace) -> 
         "ratio": {
             way: statistics.median(a / b for a, b in zip(speeds[way], speeds["none"], strict=True)) for way in WAYS
         },
+        "waiting_share": waiting,
     }
 
 
@@ -123,20 +134,27 @@ def padding(texts: Texts, batch: int, samples: int) -> float:
     return 1 - tokens / positions
 
 
-def alternate(configs: dict[str, Config], texts: dict[str, Texts], rounds: int) -> dict[str, list[float]]:
-    """Tokens per second of each way, round by round."""
+def alternate(
+    configs: dict[str, Config], texts: dict[str, Texts], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Tokens per second of each way, round by round; and the share of all time that was spent waiting for data."""
     trainers: dict[str, Trainer] = {
         way: build_trainer(config, ParallelMesh.alone(), texts[way], device=torch.device("cpu"))
         for way, config in configs.items()
     }
     speeds: dict[str, list[float]] = {way: [] for way in WAYS}
+    waited = dict.fromkeys(WAYS, 0.0)
+    timed = dict.fromkeys(WAYS, 0.0)
     for number in range(WARMUP + rounds):
         for way in WAYS if number % 2 else reversed(WAYS):
             started = time.perf_counter()
             report = trainers[way].train_step()
+            seconds = time.perf_counter() - started
             if number >= WARMUP:
-                speeds[way].append(report.work.tokens / (time.perf_counter() - started))
-    return speeds
+                speeds[way].append(report.work.tokens / seconds)
+                waited[way] += report.data_seconds
+                timed[way] += seconds
+    return speeds, {way: waited[way] / timed[way] for way in WAYS}
 
 
 def show(rows: list[dict[str, object]]) -> None:
