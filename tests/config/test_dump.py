@@ -59,6 +59,7 @@ def test_345m_is_nvidias_model_and_recipe():
     assert (config.parallel.tensor, config.parallel.pipeline) == (2, 2)
     assert (optimizer.global_batch, optimizer.learning_rate, optimizer.warmup_steps) == (1024, 1e-4, 10_000)
     assert (optimizer.steps, optimizer.weight_decay, optimizer.clip_norm) == (2_000_000, 0.01, 1.0)
+    assert (config.objective.pairs, config.objective.masking.longest_span) == ("sop", 3)
 
 
 def test_345m_runs_on_eight_processes_with_a_batch_of_eight():
