@@ -157,6 +157,15 @@ def _shares_leave_room(mask_share: float, random_share: float) -> Broken | None:
     )
 
 
+def _spans_are_drawn(lengths: str, longest: int) -> Broken | None:
+    if lengths == "inverse" or longest > 1:
+        return None
+    return Broken(
+        f"needs objective.masking.longest_span above 1, which is {longest}: no lengths are drawn for single words",
+        "set objective.masking.longest_span, for example to 10",
+    )
+
+
 def _warmup_ends(warmup: int, steps: int) -> Broken | None:
     if warmup <= steps:
         return None
@@ -270,6 +279,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("data.split", "run.evaluation_samples"), _split_has_validation),
     Rule(("data.sequence_length", "model.max_position_embeddings"), _sequence_fits_positions),
     Rule(("objective.masking.mask_share", "objective.masking.random_share"), _shares_leave_room),
+    Rule(("objective.masking.span_lengths", "objective.masking.longest_span"), _spans_are_drawn),
     Rule(("optimizer.warmup_steps", "optimizer.steps"), _warmup_ends),
     Rule(("optimizer.final_learning_rate", "optimizer.learning_rate"), _rate_decays),
     Rule(("parallel.tensor", "model.num_attention_heads"), _tensor_divides_heads),

@@ -58,6 +58,11 @@ class Batch:
         """The same microbatch in page-locked memory, from which a GPU copies while it computes."""
         return self._with_tensors(Tensor.pin_memory)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, as from a worker process, tensors are arrays: torch would send each as an open file."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return _from_arrays, tuple(v.numpy() if isinstance(v, Tensor) else v for v in values)
+
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
@@ -135,6 +140,12 @@ def empty_batch(vocabulary: Vocabulary) -> Batch:
         next_sentence_labels=torch.tensor([IGNORED]),
         num_tokens=0,
     )
+
+
+def _from_arrays(*values: Any) -> Batch:
+    """The microbatch with these fields, its tensors given as arrays."""
+    given: list[Any] = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values]
+    return Batch(*given)
 
 
 def _filled(values: npt.NDArray[Any], multiple: int, padding: int) -> Ints:

@@ -1,16 +1,20 @@
 """Batches of the coming steps, made in the background while the model computes."""
 
+import atexit
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
 
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_bert_tp.data.batch import Batch
-from megatron_bert_tp.errors import DataError
+from megatron_bert_tp.errors import DataError, MegatronBertError
 
 _STEPS_AHEAD = 2  # of a thread, or of each process
+_LAST_SECONDS = 5.0  # for the batch that the thread makes when the process ends
 
 Make = Callable[[int], list[Batch]]
 """From the samples done to the microbatches of the step that follows them."""
@@ -60,17 +64,59 @@ def _in_thread(make: Make, numbers: range, loading: Loading) -> Iterator[list[Ba
         batches = make(number)
         return [batch.pin_memory() for batch in batches] if loading.pins_memory else batches
 
-    pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    worker = _Worker(made)
     waiting: deque[Future[list[Batch]]] = deque()
     try:
         for number in numbers:
-            waiting.append(pool.submit(made, number))
+            waiting.append(worker.ask(number))
             if len(waiting) > _STEPS_AHEAD:
                 yield _result(waiting.popleft(), loading)
         while waiting:
             yield _result(waiting.popleft(), loading)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for future in waiting:
+            future.cancel()
+        worker.leave()
+
+
+class _Worker:
+    """A thread that makes batches in turn.
+
+    Not a pool's: the interpreter ends only after a pool's threads, even where one waits for a file system that
+    does not answer.
+    """
+
+    def __init__(self, make: Make):
+        self._asked: SimpleQueue[tuple[int, Future[list[Batch]]] | None] = SimpleQueue()
+        self._make = make
+        self._thread = Thread(target=self._serve, name="batches", daemon=True)
+        self._thread.start()
+        atexit.register(self._end)
+
+    def ask(self, number: int) -> Future[list[Batch]]:
+        """What ``make`` gives for ``number``, once it is made."""
+        future: Future[list[Batch]] = Future()
+        self._asked.put((number, future))
+        return future
+
+    def leave(self) -> None:
+        """Let the thread end when it has made what it is making."""
+        self._asked.put(None)
+
+    def _end(self) -> None:
+        # A thread that is still in torch when the interpreter is taken down may end the process with a crash.
+        self.leave()
+        self._thread.join(_LAST_SECONDS)
+
+    def _serve(self) -> None:
+        while (task := self._asked.get()) is not None:
+            number, future = task
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(self._make(number))
+            except BaseException as error:
+                future.set_exception(error)  # raised again by the step that needs it
 
 
 def _result(made: Future[list[Batch]], loading: Loading) -> list[Batch]:
@@ -80,8 +126,11 @@ def _result(made: Future[list[Batch]], loading: Loading) -> list[Batch]:
         raise DataError(_too_slow(loading)) from error
 
 
-class _Steps(Dataset[list[Batch]]):
-    """The steps of a run for torch's loader."""
+_Made = list[Batch] | MegatronBertError
+
+
+class _Steps(Dataset[_Made]):
+    """The steps of a run for torch's loader; what a user can mend comes as a value, or torch would wrap it."""
 
     def __init__(self, make: Make, numbers: range):
         self._make, self._numbers = make, numbers
@@ -89,8 +138,11 @@ class _Steps(Dataset[list[Batch]]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, step: int) -> list[Batch]:
-        return self._make(self._numbers[step])
+    def __getitem__(self, step: int) -> _Made:
+        try:
+            return self._make(self._numbers[step])
+        except MegatronBertError as error:
+            return error
 
 
 def _in_processes(make: Make, numbers: range, loading: Loading) -> Iterator[list[Batch]]:
@@ -105,8 +157,13 @@ def _in_processes(make: Make, numbers: range, loading: Loading) -> Iterator[list
         multiprocessing_context="spawn",  # the threads of gloo, NCCL and OpenMP do not survive a fork
     )
     try:
-        yield from loader
+        for made in loader:
+            if isinstance(made, MegatronBertError):
+                raise made
+            yield made
     except RuntimeError as error:
+        if str(error).startswith("Caught "):  # what the process itself has raised
+            raise
         if "timed out" in str(error):
             raise DataError(_too_slow(loading)) from error
         raise DataError(
@@ -115,8 +172,8 @@ def _in_processes(make: Make, numbers: range, loading: Loading) -> Iterator[list
         ) from error
 
 
-def _as_it_is(batches: list[Batch]) -> list[Batch]:
-    return batches
+def _as_it_is(made: _Made) -> _Made:
+    return made
 
 
 def _too_slow(loading: Loading) -> str:

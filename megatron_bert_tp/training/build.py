@@ -36,8 +36,9 @@ from megatron_bert_tp.training.processes import (
     process_group,
 )
 from megatron_bert_tp.training.progress import MetricsFile, Reporter
-from megatron_bert_tp.training.resume import changed_settings, checkpoint_to_resume, samples_done
+from megatron_bert_tp.training.resume import checkpoint_to_resume, samples_at_the_end, samples_done
 from megatron_bert_tp.training.run_directory import RunDirectory, prepare
+from megatron_bert_tp.training.telling import interruption, opening, reading, say_nothing
 from megatron_bert_tp.training.texts import Texts, open_texts
 from megatron_bert_tp.training.trainer import Pace, Trainer
 
@@ -59,15 +60,21 @@ def pretrain(config: Config, environment: LaunchEnvironment) -> None:
             pipeline=config.parallel.pipeline,
             timeout=timeout,
         )
-        texts = open_texts(config, mesh.data, say=print if environment.is_first else _say_nothing)
+        texts = open_texts(config, mesh.data, say=print if environment.is_first else say_nothing)
         checkpoint = checkpoint_to_resume(config, environment, device)
         trainer = build_trainer(config, mesh, texts, device=device, checkpoint=checkpoint)
         prepare(config, environment, device)
         reporter = stack.enter_context(_reporter(config, trainer.steps_done)) if environment.is_first else None
         directory = RunDirectory(config, environment, mesh=mesh, device=device, reporter=reporter)
-        directory.say(_opening(config, environment, texts, trainer, checkpoint))
-        trainer.run(directory)
-        directory.say(_epochs(texts, trainer.samples_done))
+        directory.say(opening(config, environment, trainer, checkpoint, plans=stage_plans(config)))
+        begun = trainer.samples_done
+        try:
+            trainer.run(directory)
+        except KeyboardInterrupt:
+            directory.say(interruption(config, trainer.steps_done))
+            raise
+        if trainer.samples_done > begun:
+            directory.say(reading(texts.source, begun, trainer.samples_done))
         directory.say(f"peak memory of a rank: {peak_memory(mesh, device):.2f} GiB")
         barrier()
 
@@ -106,28 +113,29 @@ def build_trainer(
         mesh=mesh,
         bucket_bytes=config.parallel.bucket_megabytes << 20,
     )
+    steps, samples = (checkpoint.step, samples_done(checkpoint)) if checkpoint else (0, 0)
+    end = samples_at_the_end(config, steps_done=steps, samples_done=samples)
     return Trainer(
         stage,
         optimizer,
         gradients,
         texts,
-        _steps(config, texts, device),
+        _steps(config, texts, device, end=end),
         mesh=mesh,
         device=device,
         pace=_pace(config),
-        steps_done=checkpoint.step if checkpoint else 0,
-        samples_done=samples_done(checkpoint) if checkpoint else 0,
+        steps_done=steps,
+        samples_done=samples,
     )
 
 
-def _steps(config: Config, texts: Texts, device: torch.device) -> StepLoader:
+def _steps(config: Config, texts: Texts, device: torch.device, *, end: int) -> StepLoader:
     loading = Loading(
         num_workers=config.run.data_workers,
         pins_memory=device.type == "cuda",
         timeout_seconds=config.run.timeout_seconds,
     )
     global_batch = config.optimizer.global_batch
-    end = config.optimizer.steps * global_batch
     return StepLoader(texts.training.take, global_batch=global_batch, end=end, loading=loading)
 
 
@@ -207,46 +215,11 @@ def _pace(config: Config) -> Pace:
 def _reporter(config: Config, steps_done: int) -> Reporter:
     metrics = MetricsFile(Path(config.run.directory) / METRICS, steps_done=steps_done)
     steps = config.optimizer.steps
-    return Reporter(metrics, Console(), steps=steps, steps_done=steps_done, log_every=config.run.log_every)
-
-
-def _opening(
-    config: Config,
-    environment: LaunchEnvironment,
-    texts: Texts,
-    trainer: Trainer,
-    checkpoint: Checkpoint | None,
-) -> str:
-    parallel, mesh = config.parallel, trainer.mesh
-    layers = ", ".join(str(len(plan.layers)) for plan in stage_plans(config))
-    weights = f" from the weights of {config.model.weights}" if config.model.weights else ""
-    start = f"starts at step 0{weights}"
-    if checkpoint:
-        start = f"goes on from {checkpoint.directory}, step {checkpoint.step}"
-    changed = changed_settings(checkpoint, config) if checkpoint else []
-    start += "".join(f"\nchanged since then: {change}" for change in changed)
-    if trainer.steps_done >= config.optimizer.steps:
-        start += f"\nalready finished: optimizer.steps is {config.optimizer.steps}"
-    return (
-        f"{environment.world_size} processes: data {mesh.data.size} x pipeline {parallel.pipeline} x tensor "
-        f"{parallel.tensor}; {trainer.device.type}, {config.optimizer.precision}, {parallel.schedule}, layers "
-        f"{layers}\n"
-        f"{_corpora(texts, config.optimizer.steps * config.optimizer.global_batch)}; {start}"
+    return Reporter(
+        metrics,
+        Console(),
+        steps=steps,
+        steps_done=steps_done,
+        log_every=config.run.log_every,
+        pairs=config.objective.pairs,
     )
-
-
-def _corpora(texts: Texts, num_samples: int) -> str:
-    """Samples an epoch of each corpus, and epochs of the whole run."""
-    return "; ".join(
-        f"{row.samples_per_epoch:,} samples an epoch from {row.prefix}, {row.epochs:.2f} epochs in all"
-        for row in texts.source.epochs(num_samples)
-    )
-
-
-def _epochs(texts: Texts, samples_done: int) -> str:
-    rows = texts.source.epochs(samples_done)
-    return "read: " + ", ".join(f"{row.epochs:.2f} epochs of {row.prefix}" for row in rows)
-
-
-def _say_nothing(_text: str) -> None:
-    """On all ranks but the first, which says it for them."""

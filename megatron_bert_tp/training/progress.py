@@ -65,9 +65,16 @@ class Reporter(AbstractContextManager["Reporter"]):
     """Console and metrics file of a run; made on the one rank that speaks for all."""
 
     def __init__(
-        self, metrics: MetricsFile, console: Console, *, steps: int, steps_done: int, log_every: int
+        self,
+        metrics: MetricsFile,
+        console: Console,
+        *,
+        steps: int,
+        steps_done: int,
+        log_every: int,
+        pairs: str = "nsp",
     ) -> None:
-        self._metrics, self._console = metrics, console
+        self._metrics, self._console, self._pairs = metrics, console, pairs
         self._steps, self._log_every = steps, log_every
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -106,31 +113,36 @@ class Reporter(AbstractContextManager["Reporter"]):
         number = int(record["step"])
         self._bar.update(self._task, completed=number)
         if number % self._log_every == 0 or number == self._steps:
-            self.say(step_line(record, self._steps))
+            self.say(step_line(record, self._steps, self._pairs))
 
     def evaluation(self, record: Record) -> None:
         """Report one evaluation on the held-out part."""
         self._metrics.write({"kind": "evaluation", **record})
-        self.say(evaluation_line(record))
+        self.say(evaluation_line(record, self._pairs))
 
 
-def step_line(record: Record, steps: int) -> str:
-    """One step in a line, with the time left at the present speed."""
+def step_line(record: Record, steps: int, pairs: str) -> str:
+    """One step in a line, with the time left at the present speed; ``pairs`` is the sentence-pair task."""
     left = timedelta(seconds=round(float(record["seconds_left"])))
     return (
         f"step {record['step']:>6}/{steps}  loss {record['loss']:.4f}  mlm {record['mlm_loss']:.4f} "
-        f"({100 * float(record['mlm_accuracy']):.1f}%)  nsp {record['nsp_loss']:.4f} "
-        f"({100 * float(record['nsp_accuracy']):.0f}%)  norm {record['grad_norm']:.3f}  "
-        f"rate {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s  "
-        f"data {record['data_seconds']:.2f} s  left {left}"
+        f"({100 * float(record['mlm_accuracy']):.1f}%){_pair_loss(record, pairs)}  "
+        f"norm {record['grad_norm']:.3f}  rate {record['learning_rate']:.2e}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s  data {record['data_seconds']:.2f} s  left {left}"
     )
 
 
-def evaluation_line(record: Record) -> str:
+def evaluation_line(record: Record, pairs: str) -> str:
     """One evaluation in a line."""
     unigram = f"  unigram {record['unigram_loss']:.4f}" if "unigram_loss" in record else ""
     return (
         f"held-out at step {record['step']}: mlm {record['mlm_loss']:.4f} "
-        f"({100 * float(record['mlm_accuracy']):.1f}%)  nsp {record['nsp_loss']:.4f} "
-        f"({100 * float(record['nsp_accuracy']):.0f}%)  {record['masked']:,} masked tokens{unigram}"
+        f"({100 * float(record['mlm_accuracy']):.1f}%){_pair_loss(record, pairs)}  "
+        f"{record['masked']:,} masked tokens{unigram}"
     )
+
+
+def _pair_loss(record: Record, pairs: str) -> str:
+    if pairs == "none":
+        return ""
+    return f"  {pairs} {record['nsp_loss']:.4f} ({100 * float(record['nsp_accuracy']):.0f}%)"

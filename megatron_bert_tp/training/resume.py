@@ -16,8 +16,6 @@ from megatron_bert_tp.training.failures import together
 from megatron_bert_tp.training.run_directory import CHECKPOINTS, SAMPLES, SETTINGS, tokenizer_name
 
 _LEARNED = ("model", "data", "objective", "optimizer")
-_PLACES = {"model.weights", "data.corpus", "data.tokenizer"}
-"""Settings that say where something lies: another path may hold the same."""
 
 
 def checkpoint_to_resume(
@@ -45,6 +43,11 @@ def samples_done(checkpoint: Checkpoint) -> int:
     return samples
 
 
+def samples_at_the_end(config: Config, *, steps_done: int, samples_done: int) -> int:
+    """Samples that the run will have consumed; its first steps may have had another global batch."""
+    return samples_done + max(0, config.optimizer.steps - steps_done) * config.optimizer.global_batch
+
+
 def changed_settings(checkpoint: Checkpoint, config: Config) -> list[str]:
     """What decides the loss curve and differs from the run of the checkpoint, as ``path: old -> new``."""
     stored = checkpoint.facts.get(SETTINGS)
@@ -53,10 +56,7 @@ def changed_settings(checkpoint: Checkpoint, config: Config) -> list[str]:
     return [
         f"{path}: {before[path]} -> {value}"
         for path, value in now.items()
-        if path.partition(".")[0] in _LEARNED
-        and path not in _PLACES
-        and path in before
-        and before[path] != value
+        if path.partition(".")[0] in _LEARNED and path in before and before[path] != value
     ]
 
 

@@ -120,6 +120,7 @@ BAD = [
     ("objective.masking.longest_span", "0", "must be at least 1"),
     ("objective.masking.longest_span", "65", "at most 64"),
     ("objective.masking.span_lengths", "uniform", "must be inverse or geometric"),
+    ("objective.masking.span_lengths", "geometric", "needs objective.masking.longest_span above 1, which is 1"),
     ("objective.masking.span_stop", "0", "must be above 0"),
     ("objective.masking.span_stop", "1", "below 1"),
     ("objective.masking.maximum", "0", "must be at least 1"),

@@ -248,3 +248,21 @@ def test_memory_of_a_scan_does_not_grow_with_the_corpus(tmp_path, capsys):
         tracemalloc.stop()
     assert code == 0
     assert peak < 20_000_000
+
+
+def test_an_index_of_another_corpus_is_told_by_its_digest(tmp_path, capsys, write_corpus):
+    """The same tokens, sentences and documents: only the boundary between the documents stands elsewhere."""
+    documents = [[[5, 6], [7, 8]], [[9, 10], [11, 12], [13]]]
+    write_corpus(documents)
+    assert check(capsys, tmp_path / "corpus")[0] == 0
+    other = index_bytes([2, 2, 2, 2, 1], [0, 3, 5])
+    (tmp_path / "corpus.idx").write_bytes(other)
+    code, _, told = check(capsys, tmp_path / "corpus")
+    assert (code, told.count("error:")) == (1, 1)
+    assert "corpus.idx: belongs to another corpus, or was altered" in told
+    facts = json.loads((tmp_path / "corpus.json").read_text())
+    (tmp_path / "corpus.json").write_text(json.dumps({**facts, "index_sha256": None}))
+    assert "each with a value of its kind" in check(capsys, tmp_path / "corpus")[2]
+    del facts["index_sha256"]  # as earlier versions wrote it
+    (tmp_path / "corpus.json").write_text(json.dumps(facts))
+    assert check(capsys, tmp_path / "corpus")[0] == 0

@@ -4,6 +4,7 @@ import json
 import pickle
 import struct
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,3 +242,10 @@ def test_corpus_without_a_document_is_not_written(tmp_path, tokenizer):
     with pytest.raises(DataError, match="nothing to write"), CorpusWriter(tmp_path / "empty", tokenizer):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx", "json"])
+def test_a_prefix_given_with_an_ending_is_told_as_such(write_corpus, ending):
+    corpus = write_corpus([[[5, 6], [7]]])
+    with pytest.raises(DataError, match=rf"named by its PREFIX, without an ending: give {corpus.prefix}$"):
+        Corpus.open(Path(f"{corpus.prefix}.{ending}"))

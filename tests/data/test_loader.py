@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -19,6 +21,14 @@ from megatron_bert_tp.data.packing import Cutting
 from megatron_bert_tp.errors import DataError
 from tests.data.corpora import make_batches, numbered_documents, numbered_vocabulary, random_shape
 
+STUCK = """
+import time
+from megatron_bert_tp.data.loader import Loading, StepLoader
+
+loading = Loading(num_workers=0, pins_memory=False, timeout_seconds=0.5)
+loader = StepLoader(lambda number: time.sleep(600), global_batch=1, end=5, loading=loading)
+loader.take(0)
+"""
 THREAD = Loading(num_workers=0, pins_memory=False, timeout_seconds=60)
 END = 16 * 8
 
@@ -45,14 +55,14 @@ def bytes_of(step: list[Batch]) -> list[tuple]:
 class Slow:
     """Batches that come late, from a process whose number is written down."""
 
-    def __init__(self, seconds: float, note: str):
-        self._seconds, self._note = seconds, note
+    def __init__(self, seconds: float, note: str, kind: type[Exception] = DataError):
+        self._seconds, self._note, self._kind = seconds, note, kind
 
     def __call__(self, number: int) -> list[Batch]:
         with open(self._note, "w") as file:
             file.write(str(os.getpid()))
         time.sleep(self._seconds)
-        raise DataError(f"sample {number} cannot be read")
+        raise self._kind(f"sample {number} cannot be read")
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 4])
@@ -89,12 +99,14 @@ def test_batches_are_made_ahead_but_not_beyond_the_end():
     assert made == [0, 10, 20, 30, 40]
 
 
+@pytest.mark.parametrize("kind", [DataError, RuntimeError])
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_what_goes_wrong_while_a_batch_is_made_is_told_by_the_step_that_needs_it(tmp_path, num_workers):
+def test_what_goes_wrong_while_a_batch_is_made_is_told_by_the_step_that_needs_it(tmp_path, num_workers, kind):
     loading = replace(THREAD, num_workers=num_workers)
-    loader = StepLoader(Slow(0, str(tmp_path / "note")), global_batch=1, end=5, loading=loading)
-    with pytest.raises(DataError, match="sample 3 cannot be read"):
+    loader = StepLoader(Slow(0, str(tmp_path / "note"), kind), global_batch=1, end=5, loading=loading)
+    with pytest.raises(kind, match="sample 3 cannot be read") as raised:
         loader.take(3)
+    assert kind is not DataError or str(raised.value) == "sample 3 cannot be read"
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -103,6 +115,23 @@ def test_a_batch_that_does_not_come_is_waited_for_no_longer_than_the_timeout(tmp
     loader = StepLoader(Slow(3, str(tmp_path / "note")), global_batch=1, end=5, loading=loading)
     with pytest.raises(DataError, match=r"no batch came within run.timeout_seconds \(0.5\)"):
         loader.take(0)
+
+
+def test_a_process_ends_though_its_thread_is_stuck():
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60, check=False)
+    assert "no batch came within run.timeout_seconds (0.5)" in done.stderr
+    assert done.returncode == 1
+
+
+def test_batches_of_a_worker_process_hold_no_files_open(write_corpus):
+    corpus = write_corpus(numbered_documents(random_shape(60)))
+    batches = make_batches(corpus, numbered_vocabulary(), cutting=Cutting(packing="none", size=1))
+    loader = StepLoader(batches.take, global_batch=16, end=END, loading=replace(THREAD, num_workers=1))
+    held = [loader.take(0)]
+    before = len(os.listdir("/dev/fd"))
+    held += [loader.take(16 * step) for step in range(1, 8)]
+    assert sum(map(len, held)) == END
+    assert len(os.listdir("/dev/fd")) < before + 16
 
 
 def test_a_worker_that_is_killed_is_told_with_the_way_out(tmp_path):

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import resource
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,8 @@ def test_command_makes_a_corpus_of_the_texts_sentences(tmp_path, vocabulary_file
     assert [" ".join(tokens) for tokens in sentences_of(corpus, tokenizer)] == expected
     assert corpus.documents.tolist() == [0, 1, 2, 3, 5]
     told = " ".join(capsys.readouterr().out.split())
-    assert "documents 4 sentences 5 tokens 16 unknown tokens 4 (25.0000%)" in told
+    assert "documents 4 of one sentence 3 (75%) sentences 5 tokens 16" in told
+    assert "letters lowercased unknown tokens 4 (25.0000%)" in told
     assert "dropped 1 documents without a token, 1 sentences without a token" in told
 
 
@@ -244,3 +246,60 @@ def test_report_counts_what_a_slow_count_finds(shared_file, tmp_path, capsys):
     told = capsys.readouterr().out
     assert facts["bin_sha256"] in told
     assert "MB/s" in told
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "x" * 250, "loop", "folder"])
+def test_an_output_that_can_be_no_prefix_is_one_message(tmp_path, vocabulary_file, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "loop.lock.unfinished").symlink_to("loop.lock.unfinished")
+    (tmp_path / "loop.bin").symlink_to("loop.bin")
+    (tmp_path / "folder.progress.json").mkdir()
+    before = sorted(tmp_path.iterdir())
+    told = told_by(capsys, "a.txt", "--tokenizer", vocabulary_file, "--output", name)
+    assert "choose another --output" in told or "is a folder, not the prefix" in told
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_output_never_replaces_the_tokenizer_nor_a_text_that_is_trained_on(tmp_path, tokenizer, capsys):
+    (tmp_path / "a.txt").write_text(TEXT)
+    tokenizer.library.save(str(tmp_path / "tokenizer.json"))
+    before = (tmp_path / "tokenizer.json").read_bytes()
+    given = ("--tokenizer", tmp_path / "tokenizer.json", "--output", tmp_path / "tokenizer", "--overwrite")
+    assert "would replace the input" in told_by(capsys, tmp_path / "a.txt", *given)
+    assert (tmp_path / "tokenizer.json").read_bytes() == before
+    given = ("--size", 100, "--output", tmp_path / "a.txt", "--overwrite")
+    assert "would replace an input" in told_by(capsys, "train-tokenizer", tmp_path / "a.txt", *given)
+    assert (tmp_path / "a.txt").read_text() == TEXT
+
+
+def test_a_disk_that_fills_leaves_the_old_vocabulary(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("A small cat sat. It was small.\n\nThe cat that sat was small." * 9)
+    (tmp_path / "v.txt").write_text("mine")
+    given = ("train-tokenizer", tmp_path / "a.txt", "--size", 120, "--output", tmp_path / "v.txt", "--overwrite")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
+    try:
+        assert "v.txt: cannot be written" in told_by(capsys, *given)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "v.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "v.txt"]
+
+
+def test_a_vocabulary_that_changes_between_two_calls_is_read_again(tmp_path, vocabulary_file):
+    vocabulary = tmp_path / "v.txt"
+    (tmp_path / "a.txt").write_text("w5 w6")
+    words = vocabulary_file.read_text().split()
+    for name, entries in {"one": words, "two": [*words[:5], "w0", *words[5:]]}.items():
+        vocabulary.write_text("\n".join(entries))
+        preprocess([tmp_path / "a.txt"], vocabulary, tmp_path / name)
+    assert read_corpus(tmp_path / "one") == [[[5, 6]]]
+    assert read_corpus(tmp_path / "two") == [[[6, 7]]]
+
+
+def test_the_json_has_the_digest_of_the_index(tmp_path, vocabulary_file):
+    (tmp_path / "a.txt").write_text("w5 w6. w7.\n\nw8 w9 w10\n\nw11. w12.")
+    preprocess([tmp_path / "a.txt"], vocabulary_file, tmp_path / "out")
+    content = struct.pack("<3Q5i4q", 2, 5, 4, *[3, 2, 3, 2, 2], *[0, 2, 3, 5])
+    assert json.loads((tmp_path / "out.json").read_text())["index_sha256"] == hashlib.sha256(content).hexdigest()

@@ -9,6 +9,8 @@ import time
 import pytest
 from tokenizers.implementations import BertWordPieceTokenizer
 
+from megatron_bert_tp.data.preprocessing.preprocess import preprocess
+from megatron_bert_tp.errors import DataError
 from tests.data.corpus_reader import read_corpus
 from tests.data.test_preprocess_formats import corpus_of  # noqa: F401  (a fixture)
 
@@ -25,6 +27,35 @@ def test_documents_of_one_sentence_work_and_the_report_names_the_setting(tmp_pat
     (tmp_path / "a.txt").write_text("w5. w6.\n\nw7. w8.")
     corpus_of(tmp_path / "a.txt")
     assert "objective.pairs" not in capsys.readouterr().out
+    (tmp_path / "a.txt").write_text("w5. w6.\n\nw7.")
+    corpus_of(tmp_path / "a.txt")
+    assert "here there are 1: see how documents are separated, or train with objective.pairs=sop or none" in (
+        capsys.readouterr().out
+    )
+    (tmp_path / "a.txt").write_text("w5. w6.\n\nw7. w8.\n\nw9.")
+    corpus_of(tmp_path / "a.txt")
+    told = capsys.readouterr().out
+    assert "1 of 3 documents have one sentence" in told
+    assert "of one sentence   1 (33%)" in told
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx", ".json"])
+def test_output_with_the_ending_of_a_file_or_of_a_folder_is_refused(tmp_path, vocabulary_file, ending):
+    (tmp_path / "a.txt").write_text("w5.")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=r"give it without, as .*/out$"):
+        preprocess([tmp_path / "a.txt"], vocabulary_file, tmp_path / f"out{ending}")
+    with pytest.raises(DataError, match=r"is a folder.*such as .*/folder/corpus"):
+        preprocess([tmp_path / "a.txt"], vocabulary_file, tmp_path / "folder")
+
+
+def test_a_cased_vocabulary_for_lowercased_text_is_noted(tmp_path, vocabulary_file, capsys):
+    (tmp_path / "a.txt").write_text("w5.")
+    entries = vocabulary_file.read_text()
+    for name, more, is_noted in (("cased", "Word\n##ING\n", True), ("uncased", "[unused1]\n", False)):
+        (tmp_path / "vocab.txt").write_text(entries + more)
+        preprocess([tmp_path / "a.txt"], tmp_path / "vocab.txt", tmp_path / name)
+        assert ("2 entries with upper-case letters" in capsys.readouterr().err) == is_noted
 
 
 def test_empty_files_among_others_are_counted(tmp_path, corpus_of, capsys):  # noqa: F811
@@ -82,6 +113,7 @@ def test_half_a_surrogate_pair_in_json_is_invalid_text(tmp_path, corpus_of, caps
         (b"w5.\rw6.\r\rw7", [[[5, 1], [6, 1]], [[7]]]),
         (b"\xef\xbb\xbfw5\n\n\xef\xbb\xbfw6\n\xef\xbb\xbf\nw7", [[[5]], [[6]], [[7]]]),
         ("w5\u2028w6\u2029w7\u0085w8".encode(), [[[5, 6, 7, 8]]]),
+        (b"w5\x0bw6\x0cw7\x1cw8\x1fw9", [[[5, 6, 7, 8, 9]]]),
         ("w5\u200bw6 w7\ufe0f".encode(), [[[1, 7]]]),
     ],
 )

@@ -1,10 +1,12 @@
 import json
 import sys
+import tracemalloc
 
 import pytest
 
 from megatron_bert_tp import preprocess as command
 from megatron_bert_tp.config.command_line import run_command
+from megatron_bert_tp.data.preprocessing.compressed import open_stream
 from tests.data.corpus_reader import PACKERS, read_corpus
 
 TEXTS = ["w5 w6. w7.", "w8\n\nw9! W10", "w11p150."]
@@ -42,6 +44,40 @@ def test_parts_that_were_packed_one_by_one_are_one_file(tmp_path, corpus_of, pac
     path = tmp_path / f"a.txt{packed}"
     path.write_bytes(b"".join(PACKERS[packed](text) for text in (b"w5 ", b"w6.\n\nw", b"7.\n")))
     assert corpus_of(path) == [[[5, 6, 1]], [[7, 1]]]
+
+
+def test_padding_between_the_parts_of_an_xz_file_ends_no_text(tmp_path, corpus_of):
+    parts = [PACKERS[".xz"](text) for text in (b"w5 ", b"w6.\n\nw", b"7.\n")]
+    path = tmp_path / "a.txt.xz"
+    path.write_bytes(bytes(8).join(parts) + bytes(9000))  # the format allows multiples of four
+    assert corpus_of(path) == [[[5, 6, 1]], [[7, 1]]]
+    path.write_bytes(bytes(8) + parts[0])
+    assert corpus_of(path) is None
+
+
+@pytest.mark.parametrize("packed", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("damage", ["changed", "no part", "cut short"])
+def test_damage_in_a_later_part_is_no_end_of_the_text(tmp_path, corpus_of, capsys, packed, damage):
+    first, second = PACKERS[packed](b"w5. w6.\n\n"), bytearray(PACKERS[packed](b"w7 w8 w9. w10.\n"))
+    if damage == "changed":
+        second[2] ^= 0xFF
+    wrong = {"changed": bytes(second), "no part": b"garbage", "cut short": second[:5]}[damage]
+    (tmp_path / f"a.txt{packed}").write_bytes(first + wrong)
+    assert corpus_of(tmp_path / f"a.txt{packed}") is None
+    assert "the compressed data is damaged or cut short" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("packed", [".xz", ".zst"])
+def test_text_that_packs_ten_thousand_times_smaller_does_not_fill_memory(tmp_path, packed):
+    path = tmp_path / f"a.txt{packed}"
+    path.write_bytes(PACKERS[packed](b"w5 w6.\n" * 60_000_000))
+    tracemalloc.start()
+    try:
+        with open_stream(path) as stream:
+            assert sum(map(len, iter(lambda: stream.unpacked.read(1 << 18), b""))) == 420_000_000
+        assert tracemalloc.get_traced_memory()[1] < 200_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("packed", [".gz", ".xz", ".zst"])
@@ -103,3 +139,29 @@ def test_a_file_under_a_wrong_name_is_recognised(tmp_path, corpus_of, capsys):
     (tmp_path / "b.txt").write_bytes("w5 w6".encode("utf-16"))
     assert corpus_of(tmp_path / "b.txt") is None
     assert "UTF-16: convert it with `iconv" in capsys.readouterr().err
+
+
+def test_parquet_of_bytes_is_read_and_an_invalid_row_has_its_number(tmp_path, corpus_of, capsys):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for kind in (arrow.string(), arrow.large_string(), arrow.binary(), arrow.large_binary()):
+        parquet.write_table(arrow.table({"text": arrow.array(TEXTS, kind)}), tmp_path / "a.parquet")
+        assert corpus_of(tmp_path / "a.parquet") == EXPECTED
+    rows = arrow.array([b"w5", b"w6\nw7\n\xff"], arrow.binary())
+    parquet.write_table(arrow.table({"text": rows}), tmp_path / "a.parquet")
+    assert corpus_of(tmp_path / "a.parquet") is None
+    assert "a.parquet, row 2: byte 1 (0xff) is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"text": null}', "is a string, but it is null there"),
+        ('{"text": {"a": 1}}', 'is a string, but it is {"a": 1} there'),
+        ('{"body": "w5"}', "is a string, but it has the fields ['body']"),
+        ('["w5"]', "is a string, but it is a list"),
+    ],
+)
+def test_a_json_line_without_the_text_says_what_it_has(tmp_path, corpus_of, capsys, line, told):
+    (tmp_path / "a.jsonl").write_text(line)
+    assert corpus_of(tmp_path / "a.jsonl") is None
+    assert f"a.jsonl, line 1: must be an object whose field 'text' {told}" in capsys.readouterr().err

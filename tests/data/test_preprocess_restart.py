@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from functools import partial
 
 import pytest
 
+from megatron_bert_tp.data.corpus import lock
+from megatron_bert_tp.data.corpus.lock import only_writer
+from megatron_bert_tp.data.corpus.writer import CorpusWriter
 from megatron_bert_tp.data.preprocessing.preprocess import preprocess
 from megatron_bert_tp.errors import DataError
 from tests.data.corpus_reader import PACKERS
@@ -113,7 +117,7 @@ def test_interrupt_says_how_to_go_on_and_keeps_the_progress(tmp_path, vocabulary
     full = [str(word) for word in (*command, "--output", tmp_path / "out")]
     process = subprocess.Popen(full, stderr=subprocess.PIPE, text=True, start_new_session=True)
     tokens = tmp_path / "out.bin.unfinished"
-    wait_until(lambda: tokens.exists() and tokens.stat().st_size)
+    wait_until(lambda: tokens.exists() and tokens.stat().st_size > 300_000)  # the first chunk has 260 kB
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     told = process.communicate()[1]
     assert process.returncode == 130
@@ -180,5 +184,87 @@ def test_two_processes_never_write_the_same_corpus(tmp_path, vocabulary_file, in
         preprocess(inputs, vocabulary_file, tmp_path / "out")
     process.communicate()
     assert process.returncode == 0
+    preprocess(inputs, vocabulary_file, tmp_path / "whole")
+    assert corpus_bytes(tmp_path, "out") == corpus_bytes(tmp_path, "whole")
+
+
+def test_a_refused_second_process_leaves_the_journal_of_the_first_alone(tmp_path, vocabulary_file, inputs, capsys):
+    cut_off(tmp_path, vocabulary_file, inputs)
+    before = journal_bytes(tmp_path)
+    with only_writer(tmp_path / "out"), pytest.raises(DataError, match="another process is writing"):
+        preprocess(inputs, vocabulary_file, tmp_path / "out", lowercase=False)
+    assert journal_bytes(tmp_path) == before
+    assert "begins anew" not in capsys.readouterr().err
+
+
+def test_a_lock_file_that_its_owner_removes_is_made_anew(tmp_path, monkeypatch):
+    opened, removed = os.open, []
+
+    def open_late(path, *arguments):
+        descriptor = opened(path, *arguments)
+        if not removed:
+            os.unlink(path)
+            removed.append(path)
+        return descriptor
+
+    monkeypatch.setattr(lock.os, "open", open_late)
+    with only_writer(tmp_path / "out"):
+        assert (tmp_path / "out.lock.unfinished").exists()
+        with pytest.raises(DataError, match="another process"), only_writer(tmp_path / "out"):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def leave_whole(folder, vocabulary, inputs, monkeypatch):
+    """Leave a run that was stopped when only the names of its files were missing."""
+
+    def stop(_writer):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(CorpusWriter, "publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(inputs[:1], vocabulary, folder / "out")
+
+
+@pytest.mark.parametrize("gone", ["all", "the .json", "half the .bin"])
+def test_a_journal_of_a_whole_corpus_whose_files_are_gone_is_not_believed(
+    tmp_path, vocabulary_file, inputs, capsys, monkeypatch, gone
+):
+    leave_whole(tmp_path, vocabulary_file, inputs, monkeypatch)
+    assert journal_bytes(tmp_path)
+    unfinished = {"all": "out.*", "the .json": "out.json.*", "half the .bin": "out.bin.*"}[gone]
+    for path in tmp_path.glob(f"{unfinished}unfinished"):
+        if gone == "half the .bin":
+            os.truncate(path, path.stat().st_size // 2)
+        else:
+            path.unlink()
+    preprocess(inputs[:1], vocabulary_file, tmp_path / "out")
+    assert "begins anew" in capsys.readouterr().err
+    preprocess(inputs[:1], vocabulary_file, tmp_path / "whole")
+    assert corpus_bytes(tmp_path, "out") == corpus_bytes(tmp_path, "whole")
+    assert sorted(path.name for path in tmp_path.glob("out.*")) == ["out.bin", "out.idx", "out.json"]
+
+
+def test_a_run_that_was_stopped_before_its_files_got_their_names_only_names_them(
+    tmp_path, vocabulary_file, inputs, monkeypatch
+):
+    leave_whole(tmp_path, vocabulary_file, inputs, monkeypatch)
+    assert preprocess(inputs[:1], vocabulary_file, tmp_path / "out").run_bytes == 0
+    preprocess(inputs[:1], vocabulary_file, tmp_path / "whole")
+    assert corpus_bytes(tmp_path, "out") == corpus_bytes(tmp_path, "whole")
+
+
+def test_a_disk_that_fills_later_keeps_the_progress_and_says_so(tmp_path, vocabulary_file, inputs, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, hard))
+    try:
+        with pytest.raises(DataError, match="cannot be written"):
+            preprocess(inputs, vocabulary_file, tmp_path / "out", journal_seconds=0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "the same command again goes on from there" in capsys.readouterr().err
+    preprocess(inputs, vocabulary_file, tmp_path / "out")
+    assert "goes on after" in capsys.readouterr().err
     preprocess(inputs, vocabulary_file, tmp_path / "whole")
     assert corpus_bytes(tmp_path, "out") == corpus_bytes(tmp_path, "whole")

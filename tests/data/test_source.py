@@ -4,6 +4,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
+from megatron_bert_tp.data.corpus.mapped import Corpus
 from megatron_bert_tp.data.samples.blend import places_in_blend
 from megatron_bert_tp.data.samples.pairs import choose_pairs, lay_out
 from megatron_bert_tp.data.samples.sampler import SampleOrder
@@ -12,6 +13,7 @@ from megatron_bert_tp.data.samples.spans import build_spans
 from megatron_bert_tp.data.samples.splits import part_of
 from megatron_bert_tp.errors import DataError
 from tests.data.corpora import numbered_documents, numbered_vocabulary, random_shape
+from tests.data.index_files import index_bytes
 
 SPLIT = (75.0, 25.0, 0.0)
 
@@ -155,3 +157,12 @@ def test_a_corpus_of_the_blend_without_samples_is_named(corpora, write_corpus):
 def test_as_many_weights_as_corpora_are_asked_for(corpora):
     with pytest.raises(DataError, match=r"data.weights has 2 shares for the 3 corpora"):
         open_source(corpora, weights=(0.5, 0.5))
+
+
+def test_an_index_of_another_corpus_is_refused(tmp_path, write_corpus):
+    corpus = write_corpus(numbered_documents([[4, 4, 4]] * 40))
+    open_source([corpus])
+    boundaries = [0, 2, *range(6, 121, 3)]
+    (tmp_path / "corpus.idx").write_bytes(index_bytes([4] * 120, boundaries))
+    with pytest.raises(DataError, match=r"corpus\.idx: belongs to another corpus"):
+        open_source([Corpus.open(tmp_path / "corpus")])

@@ -55,3 +55,13 @@ def test_a_tokenizer_that_looks_across_spaces_is_not_cut_at_them(tmp_path):
     library.save(str(tmp_path / "tokenizer.json"))
     words = WordCache(Tokenizer.load(tmp_path / "tokenizer.json", lowercase=True))
     assert words.encode(["new york new", "york"]).tokens.tolist() == [7, 5, 6]
+
+
+def test_long_words_are_not_cut_at_characters_that_are_no_words_of_their_own(vocabulary, monkeypatch, tmp_path):
+    monkeypatch.setattr(word_cache, "_LONGEST_WHOLE", 50)
+    library = Tokenizer.load(vocabulary, True).library
+    library.normalizer = normalizers.BertNormalizer(handle_chinese_chars=False)
+    library.save(str(tmp_path / "tokenizer.json"))
+    words = WordCache(Tokenizer.load(tmp_path / "tokenizer.json", lowercase=True))
+    text = "中" * 120 + "a"
+    assert words.encode([text]).tokens.tolist() == library.encode(text, add_special_tokens=False).ids == [1]

@@ -50,7 +50,7 @@ def test_a_corpus_without_two_sentences_in_a_document_is_refused_at_once(tmp_pat
     # All 20 documents have one sentence, and 80% of them are for training.
     assert re.search(r"16 documents .* 0 ", text)
     assert "separate documents, not sentences, by blank lines" in text
-    assert "objective.pairs=sop or none" in text
+    assert "objective.pairs=sop (one such document is enough) or none (single sentences are)" in text
 
 
 def test_another_tokenizer_than_the_one_of_the_corpus_is_refused(broken):

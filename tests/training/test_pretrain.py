@@ -1,5 +1,11 @@
 """The command that users start, and what it writes."""
 
+import re
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 
 from megatron_bert_tp.config.load import load_config
@@ -108,3 +114,36 @@ def test_the_345m_settings_train_a_smaller_model_on_eight_processes(data, tmp_pa
     assert [row["samples"] for row in rows] == [16, 32, 48]
     # Untrained, all 30522 words are about equally likely: ln(30522) = 10.33 nats.
     assert rows[0]["mlm_loss"] == pytest.approx(10.33, abs=0.2)
+
+
+def test_an_interrupt_says_what_is_kept(data, tmp_path):
+    settings = ("optimizer.steps=100000", "run.evaluation_samples=0")
+    for folder, every in (("kept", 5), ("lost", 10**6)):
+        given = (str(data), f"run.directory={tmp_path / folder}", f"run.save_every={every}", *settings)
+        command = [sys.executable, "-m", "megatron_bert_tp.pretrain", *given]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        metrics = tmp_path / folder / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 7):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 130
+        told = output.strip().splitlines()[-1]
+        kept = r"the same command goes on from .*kept/checkpoints/step_000000\d\d$"
+        lost = r"there is no checkpoint yet \(run.save_every is 1000000\), so nothing of it is kept$"
+        assert re.search(rf"^interrupted after step \d+; {kept if folder == 'kept' else lost}", told), output
+
+
+@pytest.mark.parametrize("task", ["sop", "none"])
+def test_the_console_names_the_pair_task_and_what_was_read(data, tmp_path, task):
+    settings = (f"objective.pairs={task}", "optimizer.steps=3", "optimizer.warmup_steps=1")
+    output = succeeded(pretrain(data, f"run.directory={tmp_path}/run", *settings))
+    assert "nsp" not in output
+    assert ("  sop 0." in output) == (task == "sop")
+    corpus = re.escape(str(data.parent / "corpus"))
+    assert re.search(rf"samples an epoch from {corpus}; 24 in the whole run, [\d.]+ epochs", output)
+    assert re.search(rf"^read: 24 samples \([\d.]+ epochs\) of {corpus}$", output, re.MULTILINE)
+    again = succeeded(pretrain(data, f"run.directory={tmp_path}/run", *settings))
+    assert "already finished" in again
+    assert "read:" not in again

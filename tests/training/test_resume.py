@@ -1,5 +1,6 @@
 """20 steps equal 10, a resume, and 10 more: bit for bit at the same layout."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -103,6 +104,17 @@ def test_a_checkpoint_resumes_in_one_process_with_the_same_curve(data, finished_
         assert here["learning_rate"] == there["learning_rate"]
         # Rounding of float32 sums at another layout, 1e-7 a step relative, grown by ten AdamW steps of 1e-2.
         assert abs(here["loss"] - there["loss"]) < 1e-3
+
+
+def test_a_resumed_run_with_another_global_batch_tells_what_it_will_read(data, finished_run, tmp_path):
+    """80 samples in 10 steps of 8, then 10 steps of 2: more than 20 steps of 2 would have."""
+    middle = finished_run / "checkpoints" / "step_00000010"
+    output = succeeded(
+        pretrain(data, f"run.directory={tmp_path}", f"run.resume={middle}", "optimizer.global_batch=2")
+    )
+    assert records(tmp_path, "step")[-1]["samples"] == 100
+    assert re.search(r"; 100 in the whole run, [\d.]+ epochs$", output, re.MULTILINE)
+    assert "read: 20 samples (" in output
 
 
 def test_a_finished_run_says_so_and_trains_no_further(data, finished_run):

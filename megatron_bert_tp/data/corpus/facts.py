@@ -10,6 +10,8 @@ from megatron_bert_tp.errors import DataError
 
 Report: TypeAlias = Mapping[str, object]
 
+_OPTIONAL = {"index_sha256", "report"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusFacts:
@@ -20,6 +22,8 @@ class CorpusFacts:
     tokens: int
     largest_id: int
     bin_sha256: str
+    index_sha256: str | None = None
+    """`Corpus.digest`; None in files of earlier versions."""
     vocab_size: int
     tokenizer_sha256: str
     lowercase: bool
@@ -38,16 +42,26 @@ class CorpusFacts:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not JSON ({error}); remove it or run `preprocess` again") from error
-        types = {field.name: field.type for field in fields(cls) if field.name != "report"}
-        if not isinstance(content, dict) or any(type(content.get(key)) is not kind for key, kind in types.items()):
+        types = {field.name: field.type for field in fields(cls) if field.name not in _OPTIONAL}
+        is_whole = isinstance(content, dict) and all(type(content.get(key)) is kind for key, kind in types.items())
+        if not is_whole or not isinstance(content.get("index_sha256", ""), str):
             raise DataError(
                 f"{path}: the facts of a corpus have the keys {', '.join(types)}, each with a value of its kind; "
                 "move the file away or run `preprocess` again"
             )
         report = content.get("report")
-        return cls(report=report if isinstance(report, dict) else None, **{key: content[key] for key in types})
+        return cls(
+            index_sha256=content.get("index_sha256"),
+            report=report if isinstance(report, dict) else None,
+            **{key: content[key] for key in types},
+        )
 
 
 def corpus_paths(prefix: Path) -> tuple[Path, Path, Path]:
     """PREFIX.bin, PREFIX.idx and PREFIX.json."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
+
+
+def temporary(path: Path) -> Path:
+    """Name of a file until it is whole."""
+    return path.with_name(f"{path.name}.unfinished")

@@ -11,6 +11,7 @@ The header has 34 bytes, so no array of a mapped index stands at a multiple of i
 an array as a whole for `searchsorted`, `diff`, `take` and the like, but neither for indexing nor for a slice.
 """
 
+import hashlib
 import mmap
 import os
 import struct
@@ -72,6 +73,12 @@ def open_plain(path: Path) -> Iterator[BinaryIO]:
     """Context manager that opens a file of a corpus; DataError for a missing one, a directory, a pipe."""
     with reading(path):
         if not os.path.lexists(path):
+            prefix = path.with_suffix("")
+            if prefix.suffix in (".bin", ".idx", ".json") and prefix.exists():
+                raise DataError(
+                    f"{path}: no such file; a corpus is named by its PREFIX, without an ending: "
+                    f"give {prefix.with_suffix('')}"
+                )
             raise DataError(
                 f"{path}: no such file; make it with {MAKE_IT}; data.corpus is its PREFIX, without an ending"
             )
@@ -129,6 +136,14 @@ def read_array(file: BinaryIO, into: npt.NDArray[Any], *, offset: int) -> None:
         if not done:
             raise DataError(f"{file.name}: ends at byte {offset} while it is read; does another program write it?")
         left, offset = left[done:], offset + done
+
+
+def index_digest(token_size: int, num_sentences: int, num_boundaries: int) -> "hashlib._Hash":
+    """SHA-256 of an index, to be fed with its lengths (i32) and then its boundaries (i64), little endian.
+
+    It begins with the bytes of a token and the two counts (u64): all that samples are cut by, but no token.
+    """
+    return hashlib.sha256(struct.pack("<3Q", token_size, num_sentences, num_boundaries))
 
 
 def _token_type(code: int, path: Path) -> np.dtype[Any]:

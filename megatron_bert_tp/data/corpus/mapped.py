@@ -1,9 +1,7 @@
 """Tokenised corpora in Megatron-LM's format, one sequence a sentence: PREFIX.bin and PREFIX.idx, mapped."""
 
 import bisect
-import hashlib
 import os
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from megatron_bert_tp.data.corpus.index import (
     LENGTH_TYPE,
     PLACE_TYPE,
     Layout,
+    index_digest,
     map_array,
     open_plain,
     read_layout,
@@ -45,7 +44,7 @@ class Corpus:
     tokens: npt.NDArray[Any]
     """``[tokens]`` ids of all sentences, back to back."""
     lengths: npt.NDArray[np.int32]
-    """``[sentences]`` tokens of each sentence, at least 1; not aligned, see `data.corpus_index`."""
+    """``[sentences]`` tokens of each sentence, at least 1; not aligned, see `data.corpus.index`."""
     pointers: npt.NDArray[np.int64]
     """``[sentences]`` byte of the .bin at which each sentence begins; not aligned."""
     documents: npt.NDArray[np.int64]
@@ -131,13 +130,8 @@ class Corpus:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of where sentences and documents begin: of all that samples are cut by, but no token.
-
-        Over the bytes of a token, the number of sentences and of boundaries (u64), the lengths (i32) and the
-        boundaries (i64), little endian.
-        """
-        counts = (self.tokens.itemsize, self.num_sentences, len(self.documents))
-        sha256 = hashlib.sha256(struct.pack("<3Q", *counts))
+        """SHA-256 (hex) of where sentences and documents begin: see `index_digest`."""
+        sha256 = index_digest(self.tokens.itemsize, self.num_sentences, len(self.documents))
         for array, dtype in ((self.lengths, LENGTH_TYPE), (self.documents, PLACE_TYPE)):
             for block in _blocks(array):
                 sha256.update(block.astype(dtype, copy=False).data)
@@ -165,6 +159,17 @@ def check_tokenizer(corpus: Corpus, *, sha256: str, lowercase: bool) -> None:
         f"but the tokenizer given is {sha256[:12]} (lowercase {lowercase}): "
         "set data.tokenizer and data.lowercase to those of the corpus, or run `preprocess` again"
     )
+
+
+def check_digest(corpus: Corpus) -> None:
+    """DataError when PREFIX.json was made with another .idx; looks at the whole index, once for a `Corpus`."""
+    said = corpus.facts.index_sha256 if corpus.facts else None
+    if said is not None and said != corpus.digest:
+        raise DataError(
+            f"{corpus.prefix}.idx: belongs to another corpus, or was altered: the .json says that its lengths and "
+            f"boundaries have the SHA-256 {said}, but it is {corpus.digest}; copy all three files again, or run "
+            "`preprocess` again"
+        )
 
 
 def check_token_ids(corpus: Corpus, vocab_size: int) -> None:

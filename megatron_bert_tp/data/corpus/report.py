@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from megatron_bert_tp.data.byte_progress import ByteProgress
 from megatron_bert_tp.data.corpus.facts import corpus_paths
-from megatron_bert_tp.data.corpus.mapped import Corpus, check_tokenizer
+from megatron_bert_tp.data.corpus.mapped import Corpus, check_digest, check_tokenizer
 from megatron_bert_tp.data.corpus.scan import LONG_SENTENCE, Found, IndexScan, TokenScan, scan_index, scan_tokens
 from megatron_bert_tp.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from megatron_bert_tp.errors import DataError
@@ -134,7 +134,7 @@ def scan_corpus(prefix: Path, tokenizer: Tokenizer | None) -> CorpusReport:
         *_wrong_ids(corpus, tokens, vocab_size),
         *_special_in_text(corpus, tokens),
         *_wrong_facts(corpus, tokens),
-        *_wrong_tokenizer(corpus, tokenizer),
+        *_refusals(corpus, tokenizer),
     )
     seconds = time.perf_counter() - started
     return CorpusReport(corpus, index, tokens, vocab_size, num_bytes, seconds, problems)
@@ -182,7 +182,12 @@ def _wrong_facts(corpus: Corpus, tokens: TokenScan) -> Iterator[str]:
         )
 
 
-def _wrong_tokenizer(corpus: Corpus, tokenizer: Tokenizer | None) -> Iterator[str]:
+def _refusals(corpus: Corpus, tokenizer: Tokenizer | None) -> Iterator[str]:
+    """What training would refuse."""
+    try:
+        check_digest(corpus)
+    except DataError as error:
+        yield str(error)
     if tokenizer is None:
         return
     try:

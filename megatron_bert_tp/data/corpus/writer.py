@@ -1,11 +1,10 @@
 """Writing of a corpus under temporary names: a kill leaves no half-made one, and writing can go on after it."""
 
-import fcntl
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
@@ -13,8 +12,8 @@ from typing import BinaryIO, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bert_tp.data.corpus.facts import CorpusFacts, Report, corpus_paths
-from megatron_bert_tp.data.corpus.index import HEADER, MAGIC, TOKEN_TYPES, VERSION
+from megatron_bert_tp.data.corpus.facts import CorpusFacts, Report, corpus_paths, temporary
+from megatron_bert_tp.data.corpus.index import HEADER, MAGIC, TOKEN_TYPES, VERSION, index_digest
 from megatron_bert_tp.data.refusals import writing
 from megatron_bert_tp.data.tokenizer import Tokenizer
 from megatron_bert_tp.errors import DataError
@@ -59,7 +58,7 @@ class CorpusWriter:
 
     Lengths and boundaries wait in temporary files too, so that memory does not grow with the corpus.  Leaving
     it by an exception removes what was written, unless ``keep`` was set.  DataError where nothing can be
-    written, or no more, where another process writes the same corpus, or with no document added.
+    written, or no more, or with no document added.  See `only_writer` where another process may write, too.
     """
 
     def __init__(self, prefix: Path, tokenizer: Tokenizer, *, begun: Written | None = None):
@@ -77,7 +76,6 @@ class CorpusWriter:
             with ExitStack() as opened:
                 for file in self._files:
                     opened.push(file)
-                _lock(self._files[0], self._paths[0])
                 self._go_on()
                 opened.pop_all()
 
@@ -125,7 +123,7 @@ class CorpusWriter:
     @property
     def facts(self) -> CorpusFacts:
         """What has been written so far."""
-        return self._facts(None)
+        return self._facts()
 
     def prepare(self, report: Report | None = None) -> CorpusFacts:
         """Complete the temporary files: after this, `publish` can be called, also by a later process."""
@@ -134,12 +132,12 @@ class CorpusWriter:
                 f"{self._paths[0]}: the input has no sentence with a token, so there is nothing to write"
             )
         self.sync()
-        facts = self._facts(report)
         with writing(self._paths[1]):
             with temporary(self._paths[1]).open("wb") as file:
-                self._write_index(file)
+                index_sha256 = self._write_index(file)
                 file.flush()
                 os.fsync(file.fileno())
+            facts = replace(self._facts(), index_sha256=index_sha256, report=report)
             facts.write(temporary(self._paths[2]))
         return facts
 
@@ -166,7 +164,7 @@ class CorpusWriter:
                 if not self.keep:
                     discard(self._prefix)
 
-    def _facts(self, report: Report | None) -> CorpusFacts:
+    def _facts(self) -> CorpusFacts:
         return CorpusFacts(
             documents=self.written.documents,
             sentences=self.written.sentences,
@@ -176,7 +174,6 @@ class CorpusWriter:
             vocab_size=self._tokenizer.size,
             tokenizer_sha256=self._tokenizer.sha256,
             lowercase=self._tokenizer.lowercase,
-            report=report,
         )
 
     def _go_on(self) -> None:
@@ -194,23 +191,26 @@ class CorpusWriter:
         boundaries = self.written.documents + 1 if self.written.tokens else 0
         return self.written.tokens * self._token_type.itemsize, self.written.sentences * 4, boundaries * 8
 
-    def _write_index(self, file: BinaryIO) -> None:
+    def _write_index(self, file: BinaryIO) -> str:
+        """Write the .idx; returns its digest."""
         code = _CODES[self._token_type]
         _, lengths, documents = self._files
-        file.write(HEADER.pack(MAGIC, VERSION, code, self.written.sentences, self.written.documents + 1))
-        _copy(lengths, file)
+        counts = (self.written.sentences, self.written.documents + 1)
+        digest = index_digest(self._token_type.itemsize, *counts)
+        file.write(HEADER.pack(MAGIC, VERSION, code, *counts))
+        for block in _blocks(lengths):
+            digest.update(block)
+            file.write(block)
         lengths.seek(0)
         first = 0
         while block := lengths.read(4 * _BLOCK):
             sums = first + np.cumsum(np.frombuffer(block, "<i4"), dtype=np.int64) * self._token_type.itemsize
             file.write(np.concatenate([[first], sums[:-1]]).astype("<i8").tobytes())
             first = int(sums[-1])
-        _copy(documents, file)
-
-
-def temporary(path: Path) -> Path:
-    """Name of a file until it is whole."""
-    return path.with_name(f"{path.name}.unfinished")
+        for block in _blocks(documents):
+            digest.update(block)
+            file.write(block)
+        return digest.hexdigest()
 
 
 def temporary_paths(prefix: Path) -> tuple[Path, Path, Path]:
@@ -241,17 +241,6 @@ def _open(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
 
 
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Keep other processes from writing the same corpus; the lock ends with the process."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DataError(
-            f"{path}: another process is writing this corpus now; wait for it, or choose another --output"
-        ) from error
-
-
-def _copy(source: BinaryIO, target: BinaryIO) -> None:
-    source.seek(0)
-    for block in iter(lambda: source.read(_BLOCK), b""):
-        target.write(block)
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    file.seek(0)
+    return iter(lambda: file.read(_BLOCK), b"")

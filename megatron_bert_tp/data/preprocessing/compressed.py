@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Protocol, cast
 
 import zstandard
 
@@ -16,6 +16,7 @@ from megatron_bert_tp.data.refusals import reading
 from megatron_bert_tp.errors import DataError
 
 _BLOCK = 1 << 18
+_PACKED_BLOCK = 1 << 12  # bytes that are unpacked at once: they may become 130 MB, where a text repeats itself
 _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile)
 _SIGNATURES = {
     b"\x1f\x8b": "gzip data: rename it to end in .gz",
@@ -41,12 +42,26 @@ class Stream:
         return self.packed.tell()
 
 
-class _ZstdFile(io.RawIOBase):
-    """Zstandard frames back to back; EOFError when the last one is cut short (the library keeps silent)."""
+class _Frame(Protocol):
+    """A decompressor of one frame, as `zstandard` and `lzma` have it."""
 
-    def __init__(self, packed: BinaryIO):
-        self._packed = packed
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+class _Frames(io.RawIOBase):
+    """Frames back to back; EOFError when the last one is cut short.
+
+    The libraries' own files keep silent there: that of `zstandard` when a frame is cut short, that of `lzma` when
+    a frame after the first is damaged or stands behind padding.
+    """
+
+    def __init__(self, packed: BinaryIO, new_frame: Callable[[], _Frame], padding: bytes):
+        self._packed, self._new_frame, self._padding = packed, new_frame, padding
+        self._frame = new_frame()
         self._is_begun = False
         self._ready = memoryview(b"")
 
@@ -55,10 +70,7 @@ class _ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer: "memoryview") -> int:  # type: ignore[override]
         while not self._ready:
-            block = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame, self._is_begun = zstandard.ZstdDecompressor().decompressobj(), False
-            block = block or self._packed.read(_BLOCK)
+            block = self._next_block()
             if not block and self._is_begun:
                 raise EOFError("it ends in the middle of a frame")
             if not block:
@@ -70,11 +82,26 @@ class _ZstdFile(io.RawIOBase):
         self._ready = self._ready[size:]
         return size
 
+    def _next_block(self) -> bytes:
+        """Packed bytes for the frame in work, or after its end for a new one; empty at the end of the file."""
+        if self._is_begun and not self._frame.eof:
+            return self._packed.read(_PACKED_BLOCK)
+        padding = self._padding if self._frame.eof else b""
+        block = (self._frame.unused_data if self._frame.eof else b"") or self._packed.read(_PACKED_BLOCK)
+        while block and not (block := block.lstrip(padding)):
+            block = self._packed.read(_PACKED_BLOCK)
+        self._frame, self._is_begun = self._new_frame(), False
+        return block
+
+
+def _zstd_frame() -> _Frame:
+    return zstandard.ZstdDecompressor().decompressobj()
+
 
 _UNPACKERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
     ".gz": lambda file: cast(BinaryIO, gzip.GzipFile(fileobj=file)),
-    ".xz": lambda file: cast(BinaryIO, lzma.LZMAFile(file)),  # noqa: SIM115
-    ".zst": lambda file: io.BufferedReader(_ZstdFile(file), _BLOCK),
+    ".xz": lambda file: io.BufferedReader(_Frames(file, lzma.LZMADecompressor, b"\0"), _BLOCK),
+    ".zst": lambda file: io.BufferedReader(_Frames(file, _zstd_frame, b""), _BLOCK),
 }
 
 

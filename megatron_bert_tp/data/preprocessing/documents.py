@@ -192,9 +192,16 @@ def _json_text(line: str, field: str, place: str) -> str:
         ) from error
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        found = f"the fields {sorted(record)[:10]}" if isinstance(record, dict) else f"a {type(record).__name__}"
         raise DataError(
-            f"{place}: must be an object whose field {field!r} is a string, but it has {found}; "
+            f"{place}: must be an object whose field {field!r} is a string, but {_found(record, field)}; "
             "name the field with --field"
         )
     return text
+
+
+def _found(record: object, field: str) -> str:
+    if not isinstance(record, dict):
+        return f"it is a {type(record).__name__}"
+    if field in record:
+        return f"it is {json.dumps(record[field])[:40]} there"
+    return f"it has the fields {sorted(record)[:10]}"

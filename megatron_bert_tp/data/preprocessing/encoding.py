@@ -10,7 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +47,7 @@ class Encoding(NamedTuple):
     """How text becomes ids."""
 
     tokenizer_path: Path
+    tokenizer_sha256: str
     lowercase: bool
     sentence_per_line: bool
     language: str
@@ -127,14 +128,16 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-@cache
-def _word_cache(path: Path, lowercase: bool) -> tuple[WordCache, int]:
+@lru_cache(maxsize=1)
+def _word_cache(path: Path, sha256: str, lowercase: bool) -> tuple[WordCache, int]:
     tokenizer = Tokenizer.load(path, lowercase)
+    if tokenizer.sha256 != sha256:
+        raise DataError(f"{path}: was changed while `preprocess` runs; run the same command again")
     return WordCache(tokenizer), tokenizer.vocabulary.unknown_id
 
 
 def _encode(texts: list[tuple[str, bool]], encoding: Encoding) -> EncodedChunk:
-    words, unknown_id = _word_cache(encoding.tokenizer_path, encoding.lowercase)
+    words, unknown_id = _word_cache(encoding.tokenizer_path, encoding.tokenizer_sha256, encoding.lowercase)
     sentences: list[str] = []
     ends: list[int] = []
     for text, ends_document in texts:

@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_bert_tp.data.corpus.facts import CorpusFacts, corpus_paths, temporary
 from megatron_bert_tp.data.corpus.writer import Written, temporary_paths
 from megatron_bert_tp.data.preprocessing.documents import InputCounts
 from megatron_bert_tp.data.preprocessing.pieces import Place
 from megatron_bert_tp.data.preprocessing.report import Tally
 from megatron_bert_tp.data.refusals import writing
+from megatron_bert_tp.errors import DataError
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,20 @@ class Journal:
             self._fallback = before if mark.place.offset else mark
         self._here = mark
 
-    def save(self, *, is_complete: bool = False) -> None:
-        """Write the journal so that a kill at any moment leaves the old one or the new one."""
+    def save(self, complete: CorpusFacts | None = None) -> None:
+        """Write the journal so that a kill at any moment leaves the old one or the new one.
+
+        ``complete``: the facts of the corpus, where only the renaming of its files is left.
+        """
         content = {
             "format": _FORMAT,
-            "complete": is_complete,
+            "complete": complete and complete.bin_sha256,
             "options": self._request.options,
             "inputs": self._request.inputs,
             "here": asdict(self._here),
             "fallback": asdict(self._fallback),
         }
-        fresh = self.path.with_name(f"{self.path.name}.new")
+        fresh = temporary(self.path)
         with writing(self.path):
             with fresh.open("w", encoding="utf-8") as file:
                 json.dump(content, file)
@@ -88,12 +93,13 @@ class Journal:
 
     def remove(self) -> None:
         """The corpus is whole."""
-        self.path.unlink(missing_ok=True)
-        self.path.with_name(f"{self.path.name}.new").unlink(missing_ok=True)
+        with writing(self.path):
+            self.path.unlink(missing_ok=True)
+            temporary(self.path).unlink(missing_ok=True)
 
     def begin(self, token_size: int) -> Beginning:
         """Where to begin; ``token_size``: bytes of a token in the .bin."""
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return Beginning()
         try:
             saved = json.loads(self.path.read_text(encoding="utf-8"))
@@ -101,9 +107,11 @@ class Journal:
                 return Beginning(refused="its journal is of another version")
             here, fallback = _mark(saved["here"]), _mark(saved["fallback"])
             beginning = self._choose(saved, here, fallback)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            complete = saved["complete"] if beginning.is_complete else None
+            is_held = beginning.refused or self._holds(beginning.mark, token_size, complete=complete)
+        except (ValueError, KeyError, TypeError, OSError, DataError) as error:
             return Beginning(refused=f"its journal cannot be read ({error!r})")
-        if beginning.refused is None and not beginning.is_complete and not self._holds(beginning.mark, token_size):
+        if not is_held:
             return Beginning(refused="its temporary files are gone or cut short")
         self._here = beginning.mark
         self._fallback = fallback if beginning.mark == here else beginning.mark
@@ -126,13 +134,23 @@ class Journal:
         changed = next(str(old[0]) for old, new in zip(inputs, [*current, [""]], strict=False) if old != new)
         return Beginning(refused=f"{changed} is not what it was")
 
-    def _holds(self, mark: Mark, token_size: int) -> bool:
+    def _holds(self, mark: Mark, token_size: int, *, complete: str | None) -> bool:
+        """Whether what the journal speaks of is on the disk."""
         written = mark.written
+        if complete:
+            return self._is_whole(written.tokens * token_size, complete)
         if not written.tokens:
             return True
         sizes = (written.tokens * token_size, written.sentences * 4, written.documents * 8 + 8)
         paths = temporary_paths(self._prefix)
         return all(path.is_file() and path.stat().st_size >= size for path, size in zip(paths, sizes, strict=True))
+
+    def _is_whole(self, bin_size: int, bin_sha256: str) -> bool:
+        """Whether all three files of the corpus are there, under their last names or before they get them."""
+        files = [path if not temporary(path).exists() else temporary(path) for path in corpus_paths(self._prefix)]
+        if not all(path.is_file() for path in files):
+            return False
+        return files[0].stat().st_size == bin_size and CorpusFacts.read(files[2]).bin_sha256 == bin_sha256
 
 
 def _mark(content: Mapping[str, Any]) -> Mark:

@@ -79,7 +79,8 @@ class Decoder:
 
     def _refusal(self, content: bytes, first_line: int, position: int) -> DataError:
         before = (content[:position] + b"x").splitlines()
-        place = f"{self.place}, {self.unit} {first_line + len(before) - 1}"
+        number = first_line if self.unit == "row" else first_line + len(before) - 1
+        place = f"{self.place}, {self.unit} {number}"
         told = f"{place}: byte {len(before[-1])} (0x{content[position]:02x}) is not UTF-8; "
         return DataError(told + (f"the file is {self.hint}" if self.hint else _WAY_OUT))
 

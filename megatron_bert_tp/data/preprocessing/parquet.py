@@ -49,7 +49,8 @@ def _check_column(file: Any, column: str, arrow: ModuleType, path: Path) -> None
     kind = schema.field(column).type
     kind = kind.value_type if arrow.types.is_dictionary(kind) else kind
     types = arrow.types
-    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind)):
+    text = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    if not any(is_such(kind) for is_such in text):
         raise DataError(f"{path}: the column {column!r} holds {kind}, not text; name another with --field")
 
 

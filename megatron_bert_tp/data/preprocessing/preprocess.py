@@ -1,5 +1,6 @@
 """Text files to a tokenised corpus, with the same bytes for any number of workers and any number of kills."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from megatron_bert_tp.data.byte_progress import ByteProgress
 from megatron_bert_tp.data.corpus.facts import CorpusFacts, corpus_paths
+from megatron_bert_tp.data.corpus.lock import only_writer
 from megatron_bert_tp.data.corpus.writer import CorpusWriter, discard, publish, token_type
 from megatron_bert_tp.data.preprocessing.documents import TextLayout, check_inputs, read_file
 from megatron_bert_tp.data.preprocessing.encoding import Chunk, EncodedChunk, Encoding, encoded_chunks
@@ -44,10 +46,9 @@ def preprocess(
     cut off, this one goes on from its journal, which is saved every ``journal_seconds``.  DataError when an
     input or the tokenizer cannot be used, or the corpus exists and ``overwrite`` was not given.
     """
-    started = time.monotonic()
     layout = layout or TextLayout()
-    total = check_inputs(inputs)
-    _check_output(inputs, output)
+    check_inputs(inputs)
+    _check_output([*inputs, tokenizer_path], output)
     tokenizer = Tokenizer.load(tokenizer_path, lowercase)
     language = language_code(language)
     options = asdict(layout) | {
@@ -56,31 +57,20 @@ def preprocess(
         "lowercase": tokenizer.lowercase,
         "tokenizer": tokenizer.sha256,
     }
-    journal = Journal(output, Request.of(inputs, options))
-    beginning = journal.begin(token_type(tokenizer.size).itemsize)
-    if beginning.is_complete:
-        return _publish(output, journal, beginning)
-    _check_absent(output, overwrite)
-    _tell(output, beginning, inputs)
-    encoding = Encoding(tokenizer_path, lowercase, layout.sentence_per_line, language)
+    encoding = Encoding(tokenizer_path, tokenizer.sha256, lowercase, layout.sentence_per_line, language)
     before = [0, *accumulate(path.stat().st_size for path in inputs)]
     run = _Run(inputs, before, layout, encoding, workers, journal_seconds)
-    done = beginning.mark
-    if beginning.refused:
-        journal.remove()
-    with CorpusWriter(output, tokenizer, begun=done.written) as writer:
-        if done != Mark():
-            _save(writer, journal)
-        with ByteProgress("tokenising", total, done=run.before[done.place.file]) as progress:
-            mark = _run(run, writer, journal, done, progress)
-        facts = writer.prepare(report_of(mark.tally, mark.counts, num_tokens=mark.written.tokens))
-        journal.save(is_complete=True)
-        writer.keep = True
-        writer.publish()
-    discard(output)
-    journal.remove()
-    run_bytes = mark.tally.num_bytes - done.tally.num_bytes
-    return PreprocessReport(facts, mark.tally, mark.counts, time.monotonic() - started, run_bytes)
+    journal = Journal(output, Request.of(inputs, options))
+    with only_writer(output):  # before the journal is read: another process may be at work on it
+        beginning = journal.begin(token_type(tokenizer.size).itemsize)
+        if beginning.is_complete:
+            return _publish(output, journal, beginning)
+        _check_absent(output, overwrite)
+        _tell(output, beginning, inputs)
+        _tell_case(tokenizer, tokenizer_path)
+        if beginning.refused:
+            journal.remove()
+        return _make(run, output, tokenizer, journal, beginning.mark)
 
 
 @dataclass(frozen=True)
@@ -92,6 +82,24 @@ class _Run:
     encoding: Encoding
     workers: int
     journal_seconds: float
+
+
+def _make(run: _Run, output: Path, tokenizer: Tokenizer, journal: Journal, done: Mark) -> PreprocessReport:
+    """Write the corpus from ``done`` on, and give its files their names."""
+    started = time.monotonic()
+    with CorpusWriter(output, tokenizer, begun=done.written) as writer:
+        if done != Mark():
+            _save(writer, journal)
+        with ByteProgress("tokenising", run.before[-1], done=run.before[done.place.file]) as progress:
+            mark = _run(run, writer, journal, done, progress)
+        facts = writer.prepare(report_of(mark.tally, mark.counts, num_tokens=mark.written.tokens))
+        writer.keep = True  # first: an interrupt must not remove what the journal says is whole
+        journal.save(facts)
+        writer.publish()
+    discard(output)
+    journal.remove()
+    run_bytes = mark.tally.num_bytes - done.tally.num_bytes
+    return PreprocessReport(facts, mark.tally, mark.counts, time.monotonic() - started, run_bytes)
 
 
 def _run(run: _Run, writer: CorpusWriter, journal: Journal, begun: Mark, progress: ByteProgress) -> Mark:
@@ -109,10 +117,12 @@ def _run(run: _Run, writer: CorpusWriter, journal: Journal, begun: Mark, progres
                     _save(writer, journal)
                     saved = time.monotonic()
     except BaseException as error:
-        if mark != begun:
-            _save(writer, journal)
-        if writer.keep and isinstance(error, DataError | KeyboardInterrupt):
-            _tell_kept(error, journal)
+        try:
+            if mark != begun:
+                _save(writer, journal)
+        finally:  # on a full disk that fails as well, and what was saved before is kept
+            if writer.keep and isinstance(error, DataError | KeyboardInterrupt):
+                _tell_kept(error, journal)
         raise
     return mark
 
@@ -148,8 +158,17 @@ def _chunks(inputs: list[Path], layout: TextLayout, begun: Mark) -> Iterator[Chu
     yield Chunk(pieces, place, replace(counts), 0)
 
 
-def _check_output(inputs: list[Path], output: Path) -> None:
-    replaced = {path.resolve() for path in corpus_paths(output)} & {path.resolve() for path in inputs}
+def _check_output(read: list[Path], output: Path) -> None:
+    if output.name in ("", "..") or output.is_dir():
+        raise DataError(
+            f"--output {output} is a folder, not the prefix of files; give one, such as {output / 'corpus'}"
+        )
+    if output.suffix in {path.suffix for path in corpus_paths(Path("any"))}:
+        raise DataError(
+            f"--output {output} has the ending of a file, and it is the prefix of three: give it without, as "
+            f"{output.with_suffix('')}"
+        )
+    replaced = {os.path.realpath(path) for path in corpus_paths(output)} & set(map(os.path.realpath, read))
     if replaced:
         raise DataError(f"--output {output} would replace the input {replaced.pop()}; choose another prefix")
 
@@ -183,9 +202,21 @@ def _tell(output: Path, beginning: Beginning, inputs: list[Path]) -> None:
         )
 
 
+def _tell_case(tokenizer: Tokenizer, path: Path) -> None:
+    """Say so where a vocabulary looks cased and the text is lowercased."""
+    ordinary = (tokenizer.vocabulary.entries[number] for number in tokenizer.vocabulary.ordinary_ids)
+    cased = sum(entry != entry.lower() and not entry.startswith("[unused") for entry in ordinary)
+    if tokenizer.lowercase and cased:
+        print(
+            f"note: {path} has {cased:,} entries with upper-case letters, which lowercased text never uses; if it "
+            "is the vocabulary of a cased model, give --cased",
+            file=sys.stderr,
+        )
+
+
 def _tell_kept(error: BaseException, journal: Journal) -> None:
     why = "interrupted; " if isinstance(error, KeyboardInterrupt) else ""
     print(
-        f"{why}what is done is kept in {journal.path.parent}; the same command again goes on from there",
+        f"{why}what is done is kept in {journal.path}; the same command again goes on from there",
         file=sys.stderr,
     )

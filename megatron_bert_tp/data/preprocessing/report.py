@@ -11,6 +11,7 @@ from megatron_bert_tp.data.preprocessing.encoding import EncodedChunk
 
 _POWERS = 2 ** np.arange(1, 48, dtype=np.int64)
 _BAR = 40  # characters
+_MANY_SINGLE = 0.2  # share of documents of one sentence from which on it is noted
 
 
 @dataclass
@@ -94,10 +95,13 @@ class PreprocessReport:
         facts, tally = self.facts, self.tally
         speed = self.run_bytes / 1e6 / max(self.seconds, 1e-9)
         rate = tally.unknown_tokens / max(facts.tokens, 1)
+        single = tally.single_sentence_documents
         return [
             ("documents", f"{facts.documents:,}"),
+            ("of one sentence", f"{single:,} ({single / max(facts.documents, 1):.0%})" if single else ""),
             ("sentences", f"{facts.sentences:,}"),
             ("tokens", f"{facts.tokens:,}"),
+            ("letters", "lowercased" if facts.lowercase else "as they are"),
             ("unknown tokens", f"{tally.unknown_tokens:,} ({rate:.4%})"),
             ("longest sentence", f"{tally.longest_sentence:,} tokens, number {tally.longest_sentence_number:,}"),
             ("dropped", ", ".join(self._dropped()) or "nothing"),
@@ -127,13 +131,20 @@ class PreprocessReport:
         return lines
 
     def _advice(self) -> list[str]:
-        several = self.facts.documents - self.tally.single_sentence_documents
-        if several >= 2:
-            return []
-        return [
-            f"note: {several} of {self.facts.documents:,} documents have two sentences or more, so next-sentence "
-            "prediction finds nothing here; train with objective.pairs=none, or see how documents are separated"
-        ]
+        single, documents = self.tally.single_sentence_documents, self.facts.documents
+        several = documents - single
+        if several < 2:
+            return [
+                f"note: next-sentence prediction needs two documents of two sentences or more, here there are "
+                f"{several}: see how documents are separated, or train with objective.pairs="
+                f"{'sop or none' if several else 'none'}"
+            ]
+        if single > _MANY_SINGLE * documents:
+            return [
+                f"note: {single:,} of {documents:,} documents have one sentence, and objective.pairs=nsp and sop "
+                "pass over them: blank lines end a document of plain text, --document-per-file keeps a file whole"
+            ]
+        return []
 
 
 def _range(number: int) -> str:

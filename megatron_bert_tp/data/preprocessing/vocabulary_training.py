@@ -1,5 +1,6 @@
 """Training of WordPiece vocabularies, over text that is read as a stream."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ import tokenizers
 from tokenizers import normalizers, trainers
 
 from megatron_bert_tp.data.byte_progress import ByteProgress
+from megatron_bert_tp.data.corpus.facts import temporary
 from megatron_bert_tp.data.preprocessing.documents import InputCounts, TextLayout, check_inputs, read_file
 from megatron_bert_tp.data.preprocessing.pieces import Place
 from megatron_bert_tp.data.refusals import writing
@@ -32,6 +34,8 @@ def train_tokenizer(
 ) -> int:
     """Train a WordPiece vocabulary on the text of ``inputs``, write it to ``output`` and return its size."""
     total = check_inputs(inputs)
+    if os.path.realpath(output) in set(map(os.path.realpath, inputs)):
+        raise DataError(f"--output {output} would replace an input; choose another name")
     if output.exists() and not overwrite:
         raise DataError(f"{output}: exists already; choose another --output, or replace it with --overwrite")
     with ByteProgress("training a vocabulary", _PASSES * total) as progress:
@@ -63,8 +67,18 @@ def train_wordpiece(texts: Texts, vocab_size: int, lowercase: bool, output: Path
     _train(library, texts, alphabet, pieces=pieces, vocab_size=vocab_size)
     ids = library.get_vocab()
     with writing(output):
-        output.write_text("".join(f"{entry}\n" for entry in sorted(ids, key=ids.__getitem__)), encoding="utf-8")
+        _replace(output, "".join(f"{entry}\n" for entry in sorted(ids, key=ids.__getitem__)))
     return len(ids)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a full disk or a kill leaves the old one: half a vocabulary would look like a whole."""
+    fresh = temporary(path)
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _texts(inputs: list[Path], layout: TextLayout, progress: ByteProgress) -> Iterator[str]:
@@ -100,5 +114,3 @@ def _train(
         continuing_subword_prefix=CONTINUATION,
     )
     library.train_from_iterator(texts(), trainer)
-
-

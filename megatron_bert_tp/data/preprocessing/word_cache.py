@@ -77,8 +77,13 @@ class WordCache:
 
 
 def is_by_words(tokenizer: Tokenizer) -> bool:
-    """Whether the ids of a text are those of its words, as with BERT's own normalizer and pre-tokenizer."""
+    """Whether the ids of a text are those of its words, as with BERT's own normalizer and pre-tokenizer.
+
+    Chinese characters must be words of their own: long words are cut at them.
+    """
     settings = json.loads(tokenizer.library.to_str())
     kinds = [(settings[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer")]
     special = all(token["special"] for token in settings["added_tokens"])
-    return special and kinds == ["BertNormalizer", "BertPreTokenizer"]
+    if not special or kinds != ["BertNormalizer", "BertPreTokenizer"]:
+        return False
+    return bool(settings["normalizer"]["handle_chinese_chars"])

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from megatron_bert_tp.data.corpus.mapped import Corpus
+from megatron_bert_tp.data.corpus.mapped import Corpus, check_digest
 from megatron_bert_tp.data.draws import Ints
 from megatron_bert_tp.data.samples.blend import blend_weights, places_in_blend, samples_of_corpora
 from megatron_bert_tp.data.samples.index_cache import IndexCache
@@ -72,7 +72,12 @@ class SampleSource:
     def open(
         cls, corpora: Sequence[Corpus], *, part: PartName, settings: SourceSettings, say: Callable[[str], None]
     ) -> "SampleSource":
-        """Find or build the index of each corpus; ``say`` is told what is built, awaited or not used, and why."""
+        """Find or build the index of each corpus; ``say`` is told what is built, awaited or not used, and why.
+
+        DataError when the .idx of one belongs to another corpus.
+        """
+        for corpus in corpora:
+            check_digest(corpus)
         rule = SpanRule(
             sequence_length=settings.sequence_length,
             short_share=settings.short_share,

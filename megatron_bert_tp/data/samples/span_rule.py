@@ -29,8 +29,9 @@ class Need:
 
 _TEXT = "give more text, or change data.split"
 _LINES = "separate documents, not sentences, by blank lines"
+_OTHERS = "set objective.pairs=sop (one such document is enough) or none (single sentences are)"
 _NEEDS: dict[PairTask, Need] = {
-    "nsp": Need(2, 2, NUM_SPECIAL, "objective.pairs=nsp", f"{_LINES}, set objective.pairs=sop or none, {_TEXT}"),
+    "nsp": Need(2, 2, NUM_SPECIAL, "objective.pairs=nsp", f"{_LINES}, {_OTHERS}, {_TEXT}"),
     "sop": Need(2, 1, NUM_SPECIAL, "objective.pairs=sop", f"{_LINES}, set objective.pairs=none, {_TEXT}"),
     "none": Need(1, 1, NUM_SPECIAL - 1, "objective.pairs=none", _TEXT),
 }

@@ -1,0 +1,79 @@
+"""What a run says of itself at its start and at its end."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_bert_tp.checkpoint.directories import latest_checkpoint
+from megatron_bert_tp.checkpoint.read import Checkpoint
+from megatron_bert_tp.config.environment import LaunchEnvironment
+from megatron_bert_tp.config.schema import Config
+from megatron_bert_tp.data.samples.source import SampleSource
+from megatron_bert_tp.pipeline.partition import StagePlan
+from megatron_bert_tp.training.resume import changed_settings, samples_at_the_end
+from megatron_bert_tp.training.run_directory import CHECKPOINTS
+from megatron_bert_tp.training.trainer import Trainer
+
+
+def opening(
+    config: Config,
+    environment: LaunchEnvironment,
+    trainer: Trainer,
+    checkpoint: Checkpoint | None,
+    *,
+    plans: Sequence[StagePlan],
+) -> str:
+    """Layout, text, and where the run begins."""
+    parallel, mesh = config.parallel, trainer.mesh
+    layers = ", ".join(str(len(plan.layers)) for plan in plans)
+    processes = f"{environment.world_size} process{'es' if environment.world_size > 1 else ''}"
+    end = samples_at_the_end(config, steps_done=trainer.steps_done, samples_done=trainer.samples_done)
+    return "\n".join(
+        [
+            f"{processes}: data {mesh.data.size} x pipeline {parallel.pipeline} x tensor {parallel.tensor}; "
+            f"{trainer.device.type}, {config.optimizer.precision}, {parallel.schedule}, layers {layers}",
+            *_corpora(trainer.texts.source, end),
+            *_beginning(config, trainer.steps_done, checkpoint),
+        ]
+    )
+
+
+def reading(source: SampleSource, begun: int, done: int) -> str:
+    """What was read of each corpus between two numbers of samples."""
+    rows = zip(source.epochs(begun), source.epochs(done), strict=True)
+    return "read: " + ", ".join(
+        f"{after.samples - before.samples:,} samples ({after.epochs - before.epochs:.3g} epochs) of {after.prefix}"
+        for before, after in rows
+    )
+
+
+def interruption(config: Config, steps_done: int) -> str:
+    """What is kept of a run that was stopped by Ctrl-C."""
+    newest = latest_checkpoint(Path(config.run.directory) / CHECKPOINTS)
+    kept = f"the same command goes on from {newest}"
+    if newest is None:
+        kept = f"there is no checkpoint yet (run.save_every is {config.run.save_every}), so nothing of it is kept"
+    return f"interrupted after step {steps_done}; {kept}"
+
+
+def say_nothing(_text: str) -> None:
+    """On all ranks but the first, which says it for them."""
+
+
+def _corpora(source: SampleSource, num_samples: int) -> list[str]:
+    """Samples an epoch of each corpus, and what the whole run takes of it."""
+    return [
+        f"{row.samples_per_epoch:,} samples an epoch from {row.prefix}; {row.samples:,} in the whole run, "
+        f"{row.epochs:.3g} epochs"
+        for row in source.epochs(num_samples)
+    ]
+
+
+def _beginning(config: Config, steps_done: int, checkpoint: Checkpoint | None) -> list[str]:
+    if checkpoint is None:
+        weights = f" from the weights of {config.model.weights}" if config.model.weights else ""
+        return [f"starts at step 0{weights}"]
+    lines = [f"goes on from {checkpoint.directory}, step {checkpoint.step}"]
+    lines += [f"changed since then: {change}" for change in changed_settings(checkpoint, config)]
+    if steps_done >= config.optimizer.steps:
+        lines.append(f"already finished: optimizer.steps is {config.optimizer.steps}")
+    return lines
