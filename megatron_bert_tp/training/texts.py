@@ -13,11 +13,14 @@ from megatron_bert_tp.data.corpus.mapped import Corpus, check_token_ids, check_t
 from megatron_bert_tp.data.corpus.unigram import unigram_counts, unigram_cross_entropy
 from megatron_bert_tp.data.packing import Cutting
 from megatron_bert_tp.data.samples.source import SampleSource, SourceSettings
+from megatron_bert_tp.data.samples.spans import TooFewDocumentsError
 from megatron_bert_tp.data.samples.splits import PartName
 from megatron_bert_tp.data.tokenizer import Tokenizer
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.parallel.cross_entropy import IGNORED
 from megatron_bert_tp.parallel.mesh import Axis
+
+_WITHOUT: dict[PartName, str] = {"validation": "; or evaluate nothing, with run.evaluation_samples=0"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,10 @@ def open_texts(config: Config, data: Axis, *, say: Callable[[str], None]) -> Tex
     settings = _source_settings(config)
 
     def source(part: PartName) -> SampleSource:
-        return SampleSource.open(corpora, part=part, settings=settings, say=say)
+        try:
+            return SampleSource.open(corpora, part=part, settings=settings, say=say)
+        except TooFewDocumentsError as error:
+            raise DataError(f"the {part} part of data.split: {error}{_WITHOUT.get(part, '')}") from error
 
     training = source("training")
     return Texts(

@@ -53,6 +53,13 @@ def test_a_corpus_without_two_sentences_in_a_document_is_refused_at_once(tmp_pat
     assert "objective.pairs=sop (one such document is enough) or none (single sentences are)" in text
 
 
+def test_a_validation_part_of_too_few_documents_is_named_with_the_ways_out(broken):
+    text = message(broken / "config.yaml", "data.split=[96,4,0]")
+    assert "the validation part of data.split: " in text
+    assert "of the 1 documents of this part 1 have so many" in text
+    assert "or evaluate nothing, with run.evaluation_samples=0" in text
+
+
 def test_another_tokenizer_than_the_one_of_the_corpus_is_refused(broken):
     text = message(broken / "config.yaml", f"data.tokenizer={short_vocabulary(broken)}")
     assert f"{broken}/corpus: made with the tokenizer" in text

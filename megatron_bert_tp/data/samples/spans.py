@@ -84,6 +84,10 @@ def build_spans(
     return join_spans(span_blocks(corpus, chosen, rule))
 
 
+class TooFewDocumentsError(DataError):
+    """A part of a corpus yields no samples."""
+
+
 def join_spans(blocks: Iterable[Spans]) -> Spans:
     """The spans of all blocks in one."""
     held = list(blocks)
@@ -131,7 +135,7 @@ def _check_enough(corpus: Corpus, chosen: DocumentSet, num_usable: int, rule: Sp
     need = rule.need
     if num_usable >= need.documents:
         return
-    raise DataError(
+    raise TooFewDocumentsError(
         f"{corpus.prefix}: {need.name} needs {need.documents} or more documents of {need.sentences} or more "
         f"sentences, but of the {len(chosen)} documents of this part {num_usable} have so many (the corpus has "
         f"{corpus.num_documents} documents, {corpus.num_sentences} sentences, {corpus.num_tokens} tokens), so it "
