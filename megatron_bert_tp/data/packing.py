@@ -50,8 +50,10 @@ def first_fit_decreasing(lengths: Ints, capacity: int) -> list[Ints]:
     """
     room = np.full(len(lengths), capacity)
     bin_of = np.empty(len(lengths), dtype=np.int64)
+    num_bins = 0
     for place in np.argsort(-lengths, kind="stable").tolist():
-        number = int((room >= lengths[place]).argmax())
+        number = int((room[: num_bins + 1] >= lengths[place]).argmax())  # one empty bin stands behind those in use
+        num_bins = max(num_bins, number + 1)
         room[number] -= lengths[place]
         bin_of[place] = number
     return _members(bin_of)

@@ -10,18 +10,22 @@ attention on the groups: a group's samples stand in rows of their own, padded to
 (Here lengths are rounded up to 4, below to `_LENGTH_MULTIPLE`.)  Nothing crosses from one sample to another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_bert_tp.model.masks import self_attention_mask
 
 # Few groups are few calls; at most this many positions of a sample are computed in vain, and in attention alone.
 _LENGTH_MULTIPLE = 32
+_NO_TOKEN = -1
+
+_Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -56,40 +60,17 @@ class Segments:
     @classmethod
     def of(cls, lengths: Sequence[int], *, is_causal: bool, like: Tensor) -> "Segments":
         """Segments of samples of these ``lengths`` in the row ``like`` ``[1, tokens, hidden]``."""
-        num_tokens = like.shape[1]
         sizes = np.asarray(lengths)
-        ends = np.cumsum(sizes)
-        rounded = np.minimum(-(-sizes // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, sizes.max())
+        begins = np.cumsum(sizes) - sizes
         groups, tokens = [], []
-        for length in np.unique(rounded)[::-1].tolist():
-            samples = np.flatnonzero(rounded == length)
+        for length, samples in _like_lengths(sizes):
             column = np.arange(length)
             is_real = column < sizes[samples, None]
-            tokens.append(np.where(is_real, (ends - sizes)[samples, None] + column, -1).ravel())
-            mask = self_attention_mask(
-                None if is_real.all() else torch.from_numpy(is_real).to(like.device),
-                queries=length,
-                keys=length,
-                is_causal=is_causal,
-                like=like,
-            )
-            groups.append(Group(tuple(samples.tolist()), length, mask))
-        token_of_slot = np.concatenate(tokens)
-        is_real = token_of_slot >= 0
-        slot_of_token = np.zeros(num_tokens, dtype=np.int64)
-        slot_of_token[token_of_slot[is_real]] = np.flatnonzero(is_real)
-        on_device = (
-            torch.from_numpy(values).to(like.device)
-            for values in (
-                ends - sizes,
-                np.maximum(token_of_slot, 0),
-                slot_of_token,
-                np.flatnonzero(~is_real),
-                np.arange(ends[-1], num_tokens),
-            )
-        )
-        firsts, *maps = on_device
-        return cls(firsts, tuple(groups), *maps)
+            tokens.append(np.where(is_real, begins[samples, None] + column, _NO_TOKEN).ravel())
+            groups.append(Group(tuple(samples.tolist()), length, _mask(is_real, is_causal=is_causal, like=like)))
+        maps = _maps(np.concatenate(tokens), like.shape[1])
+        firsts, *on_device = (torch.from_numpy(values).to(like.device) for values in (begins, *maps))
+        return cls(firsts, tuple(groups), *on_device)
 
     def spread(self, row: Tensor) -> tuple[Tensor, ...]:
         """``[1, tokens, features]`` to ``[rows, length, features]`` for each group; padding holds any numbers."""
@@ -104,6 +85,28 @@ class Segments:
         slots = torch.cat([part.flatten(0, 1) for part in parts])
         row: Tensor = _Reordered.apply(slots, self._slot_of_token, self._token_of_slot, self._padding_slots)
         return row[None]
+
+
+def _like_lengths(sizes: _Ints) -> Iterator[tuple[int, _Ints]]:
+    """Length of each group, the longest first, and the places of its samples."""
+    padded = np.minimum(-(-sizes // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, sizes.max())
+    for length in np.unique(padded)[::-1].tolist():
+        yield length, np.flatnonzero(padded == length)
+
+
+def _mask(is_real: NDArray[np.bool_], *, is_causal: bool, like: Tensor) -> Tensor | None:
+    length = is_real.shape[1]
+    seen = None if is_real.all() else torch.from_numpy(is_real).to(like.device)
+    return self_attention_mask(seen, queries=length, keys=length, is_causal=is_causal, like=like)
+
+
+def _maps(token_of_slot: _Ints, num_tokens: int) -> tuple[_Ints, _Ints, _Ints, _Ints]:
+    """Token of each slot and slot of each token (0 where there is none); slots and tokens without the other."""
+    is_real = token_of_slot != _NO_TOKEN
+    slot_of_token = np.zeros(num_tokens, dtype=np.int64)
+    slot_of_token[token_of_slot[is_real]] = np.flatnonzero(is_real)
+    padding_tokens = np.arange(np.count_nonzero(is_real), num_tokens)  # samples stand at the front of the row
+    return np.where(is_real, token_of_slot, 0), slot_of_token, np.flatnonzero(~is_real), padding_tokens
 
 
 class _Reordered(torch.autograd.Function):
