@@ -116,12 +116,19 @@ def test_the_345m_settings_train_a_smaller_model_on_eight_processes(data, tmp_pa
     assert rows[0]["mlm_loss"] == pytest.approx(10.33, abs=0.2)
 
 
+def default_interrupt() -> None:
+    """Shells start background jobs with SIGINT ignored, and children inherit it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupt_says_what_is_kept(data, tmp_path):
     settings = ("optimizer.steps=100000", "run.evaluation_samples=0")
     for folder, every in (("kept", 5), ("lost", 10**6)):
         given = (str(data), f"run.directory={tmp_path / folder}", f"run.save_every={every}", *settings)
         command = [sys.executable, "-m", "megatron_bert_tp.pretrain", *given]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=default_interrupt
+        )
         metrics = tmp_path / folder / "metrics.jsonl"
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 7):
