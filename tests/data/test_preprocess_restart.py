@@ -112,10 +112,18 @@ def test_workers_end_with_a_killed_parent(tmp_path, vocabulary_file, inputs):
     wait_until(lambda: not any(os.path.exists(f"/proc/{child}") for child in children))
 
 
+def default_interrupt():
+    """Shells start background jobs with SIGINT ignored, and children inherit it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupt_says_how_to_go_on_and_keeps_the_progress(tmp_path, vocabulary_file, inputs):
-    command = [sys.executable, "-m", "megatron_bert_tp.preprocess", *inputs, "--tokenizer", vocabulary_file]
+    many = inputs * 5  # some seconds of work
+    command = [sys.executable, "-m", "megatron_bert_tp.preprocess", *many, "--tokenizer", vocabulary_file]
     full = [str(word) for word in (*command, "--output", tmp_path / "out")]
-    process = subprocess.Popen(full, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        full, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=default_interrupt
+    )
     tokens = tmp_path / "out.bin.unfinished"
     wait_until(lambda: tokens.exists() and tokens.stat().st_size > 300_000)  # the first chunk has 260 kB
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
@@ -125,7 +133,7 @@ def test_interrupt_says_how_to_go_on_and_keeps_the_progress(tmp_path, vocabulary
     assert "interrupted; what is done is kept" in told
     again = subprocess.run(full, capture_output=True, text=True, check=True)
     assert "goes on after" in again.stderr
-    preprocess(inputs, vocabulary_file, tmp_path / "whole")
+    preprocess(many, vocabulary_file, tmp_path / "whole")
     assert corpus_bytes(tmp_path, "out") == corpus_bytes(tmp_path, "whole")
 
 
