@@ -26,6 +26,8 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
+import tokenizers
+
 from megatron_bert_tp.data.preprocessing.documents import TextLayout
 from megatron_bert_tp.data.preprocessing.preprocess import preprocess
 from megatron_bert_tp.data.preprocessing.sentences import split_sentences
@@ -162,11 +164,10 @@ def sentences_of(path: Path) -> list[str]:
     return [sentence for document in split for sentence in document]
 
 
-def encode(library: "object", sentences: list[str]) -> None:
+def encode(library: tokenizers.Tokenizer, sentences: list[str]) -> None:
     """The library's own way, its threads on all cores, ids not even looked at."""
-    encode_batch = library.encode_batch  # type: ignore[attr-defined]
     for first in range(0, len(sentences), BATCH):
-        encode_batch(sentences[first : first + BATCH], add_special_tokens=False)
+        library.encode_batch(sentences[first : first + BATCH], add_special_tokens=False)
 
 
 def tokenise(path: Path, vocabulary: Path, *, lowercase: bool, layout: TextLayout) -> None:

@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_bert_tp import preprocess as command
+from megatron_bert_tp.config.command_line import run_command
 from megatron_bert_tp.data.corpus.mapped import Corpus
 from megatron_bert_tp.data.corpus.writer import CorpusWriter
 from megatron_bert_tp.data.tokenizer import Tokenizer
 from tests.data.corpora import SPECIAL
+from tests.data.corpus_reader import read_corpus
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 
@@ -52,3 +55,16 @@ def shared_file():
         return path.resolve()
 
     return find
+
+
+@pytest.fixture
+def corpus_of(tmp_path, vocabulary_file):
+    """Function that runs the command on files and reads the corpus, or None where it failed."""
+
+    def make(*arguments):
+        rest = ["--tokenizer", vocabulary_file, "--output", tmp_path / "out", "--overwrite", "--workers", 1]
+        given = [str(argument) for argument in (*arguments, *rest)]
+        code = run_command(command.main, usage="", arguments=given)
+        return read_corpus(tmp_path / "out") if code == 0 else None
+
+    return make

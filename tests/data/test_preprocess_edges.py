@@ -11,14 +11,13 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from megatron_bert_tp.data.preprocessing.preprocess import preprocess
 from megatron_bert_tp.errors import DataError
 from tests.data.corpus_reader import read_corpus
-from tests.data.test_preprocess_formats import corpus_of  # noqa: F401  (a fixture)
 
 
 def report_of(tmp_path):
     return json.loads((tmp_path / "out.json").read_text())["report"]
 
 
-def test_documents_of_one_sentence_work_and_the_report_names_the_setting(tmp_path, corpus_of, capsys):  # noqa: F811
+def test_documents_of_one_sentence_work_and_the_report_names_the_setting(tmp_path, corpus_of, capsys):
     (tmp_path / "a.txt").write_text("w5 w6.\n\nw7.\n\nw8.")
     assert corpus_of(tmp_path / "a.txt") == [[[5, 6, 1]], [[7, 1]], [[8, 1]]]
     assert "objective.pairs=none" in capsys.readouterr().out
@@ -57,7 +56,7 @@ def test_a_cased_vocabulary_for_lowercased_text_is_noted(tmp_path, vocabulary_fi
         assert ("2 entries with upper-case letters" in capsys.readouterr().err) == is_noted
 
 
-def test_empty_files_among_others_are_counted(tmp_path, corpus_of, capsys):  # noqa: F811
+def test_empty_files_among_others_are_counted(tmp_path, corpus_of, capsys):
     for name, text in {"a.txt": "", "b.txt": "w5.", "c.jsonl": "", "d.txt": "\n\n"}.items():
         (tmp_path / name).write_text(text)
     assert corpus_of(*(tmp_path / name for name in ("a.txt", "b.txt", "c.jsonl", "d.txt"))) == [[[5, 1]]]
@@ -92,7 +91,7 @@ def test_a_line_of_5_mb_takes_seconds_and_flat_memory(tmp_path, vocabulary_file,
     assert int(told.split()[-2]) < 900_000  # kB
 
 
-def test_invalid_utf8_is_refused_replaced_or_dropped(tmp_path, corpus_of, capsys):  # noqa: F811
+def test_invalid_utf8_is_refused_replaced_or_dropped(tmp_path, corpus_of, capsys):
     (tmp_path / "a.txt").write_bytes(b"w5\nw6 \xff w7\nw8\n\nw9\xe4\xb8")
     assert corpus_of(tmp_path / "a.txt") is None
     told = capsys.readouterr().err
@@ -104,7 +103,7 @@ def test_invalid_utf8_is_refused_replaced_or_dropped(tmp_path, corpus_of, capsys
     assert report_of(tmp_path)["dropped"]["lines_that_are_not_utf8"] == 2
 
 
-def test_half_a_surrogate_pair_in_json_is_invalid_text(tmp_path, corpus_of, capsys):  # noqa: F811
+def test_half_a_surrogate_pair_in_json_is_invalid_text(tmp_path, corpus_of, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "w5"}\n{"text": "w6 \\ud83d w7"}')
     assert corpus_of(tmp_path / "a.jsonl") is None
     assert "a.jsonl, line 2: the escape \\ud83d is half of a surrogate pair" in capsys.readouterr().err
@@ -124,12 +123,12 @@ def test_half_a_surrogate_pair_in_json_is_invalid_text(tmp_path, corpus_of, caps
         ("w5\u200bw6 w7\ufe0f".encode(), [[[1, 7]]]),
     ],
 )
-def test_odd_characters_do_what_a_reader_expects(tmp_path, corpus_of, content, expected):  # noqa: F811
+def test_odd_characters_do_what_a_reader_expects(tmp_path, corpus_of, content, expected):
     (tmp_path / "a.txt").write_bytes(content)
     assert corpus_of(tmp_path / "a.txt") == expected
 
 
-def test_byte_order_marks_in_joined_json_lines_are_dropped(tmp_path, corpus_of):  # noqa: F811
+def test_byte_order_marks_in_joined_json_lines_are_dropped(tmp_path, corpus_of):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "w5"}\n' * 2)
     assert corpus_of(tmp_path / "a.jsonl") == [[[5]], [[5]]]
 

@@ -4,26 +4,11 @@ import tracemalloc
 
 import pytest
 
-from megatron_bert_tp import preprocess as command
-from megatron_bert_tp.config.command_line import run_command
 from megatron_bert_tp.data.preprocessing.compressed import open_stream
-from tests.data.corpus_reader import PACKERS, read_corpus
+from tests.data.corpus_reader import PACKERS
 
 TEXTS = ["w5 w6. w7.", "w8\n\nw9! W10", "w11p150."]
 EXPECTED = [[[5, 6, 1], [7, 1]], [[8], [9, 1], [10]], [[11, 150, 1]]]
-
-
-@pytest.fixture
-def corpus_of(tmp_path, vocabulary_file):
-    """Function that runs the command on files and reads the corpus, or None where it failed."""
-
-    def make(*arguments):
-        rest = ["--tokenizer", vocabulary_file, "--output", tmp_path / "out", "--overwrite", "--workers", 1]
-        given = [str(argument) for argument in (*arguments, *rest)]
-        code = run_command(command.main, usage="", arguments=given)
-        return read_corpus(tmp_path / "out") if code == 0 else None
-
-    return make
 
 
 @pytest.mark.parametrize("packed", PACKERS)
@@ -91,8 +76,6 @@ def test_damaged_compressed_files_are_named_with_a_way_out(tmp_path, corpus_of, 
         "bytes changed": content[:middle] + bytes(64) + content[middle + 64 :],
         "something else": b"plain text",
     }[damage]
-    if packed == ".zst" and damage == "bytes changed":
-        pytest.skip("a frame without checksum says nothing of changed literals")
     (tmp_path / f"a.txt{packed}").write_bytes(damaged)
     assert corpus_of(tmp_path / f"a.txt{packed}") is None
     told = capsys.readouterr().err

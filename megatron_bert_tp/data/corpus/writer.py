@@ -215,7 +215,8 @@ class CorpusWriter:
 
 def temporary_paths(prefix: Path) -> tuple[Path, Path, Path]:
     """Temporary files of the tokens, of the lengths of sentences and of the boundaries of documents."""
-    return tuple(temporary(Path(f"{prefix}.{name}")) for name in ("bin", "lengths", "documents"))  # type: ignore[return-value]
+    tokens, lengths, documents = (temporary(Path(f"{prefix}.{name}")) for name in ("bin", "lengths", "documents"))
+    return tokens, lengths, documents
 
 
 def publish(prefix: Path) -> None:
