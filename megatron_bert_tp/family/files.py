@@ -161,7 +161,7 @@ def gather_whole(part: Part, axis: Axis) -> Tensor:
     values = part.parameter.detach()
     if part.dim is None:
         return part.view(values)
-    is_even = part.length * axis.size == part.shape[part.dim]
+    is_even = part.local_shape[part.dim] * axis.size == part.shape[part.dim]
     joined = gather_over(part.view(values) if is_even else values, axis, dim=part.dim)
     return joined.narrow(part.dim, 0, part.shape[part.dim])
 

@@ -6,7 +6,7 @@ initialisation, import, export, checkpoints and the gradient norm all read that 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -18,30 +18,34 @@ class Sharding:
     """Split of one parameter: along ``dim``, or whole on every rank (None).
 
     ``blocks`` names the tensors that are stacked along dim 0 of a fused parameter; each is split by itself.
+    ``over_sequence`` says that the parameter, whole on every rank, is applied to hidden states that sequence
+    parallelism splits: then the gradient of a rank is that of its own tokens, and one of a sum.
     """
 
     dim: int | None = None
     blocks: tuple[str, ...] = ()
+    over_sequence: bool = False
 
 
 @dataclass(frozen=True)
 class Part:
     """The rectangle of one named tensor that this rank holds, and where it lies in a parameter.
 
-    ``shape`` is the whole tensor without padding; ``start`` and ``length`` are what is here along ``dim``
-    (everything when None); ``row`` is where the block begins in the parameter's dim 0.  ``alias_of`` names
-    the tensor of which this is a second copy (tied embeddings).
+    ``shape`` is the whole tensor without padding, split over ``axis`` along ``dim``; the rectangle has the size
+    ``local_shape`` and begins at ``offsets`` in it, and at ``row`` of the parameter's dim 0.  ``alias_of`` names
+    the tensor of which this is a second copy (tied embeddings); ``over_sequence`` is that of `Sharding`.
     """
 
     name: str
     parameter: nn.Parameter
     shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    local_shape: tuple[int, ...]
     dim: int | None
-    start: int
-    length: int
     row: int
     axis: Axis
     alias_of: str | None = None
+    over_sequence: bool = False
 
     @property
     def source(self) -> str:
@@ -49,29 +53,34 @@ class Part:
         return self.alias_of or self.name
 
     @property
-    def offsets(self) -> tuple[int, ...]:
-        """First index of the rectangle in every dim of the whole tensor."""
-        return tuple(self.start if dim == self.dim else 0 for dim in range(len(self.shape)))
-
-    @property
-    def local_shape(self) -> tuple[int, ...]:
-        """Size of the rectangle in every dim."""
-        return tuple(self.length if dim == self.dim else size for dim, size in enumerate(self.shape))
-
-    @property
     def is_counted_here(self) -> bool:
         """Whether this rank answers for the tensor in sums and files: one copy of each does."""
         return self.alias_of is None and (self.dim is not None or self.axis.is_first)
 
     def view(self, like: Tensor) -> Tensor:
-        """The rectangle inside ``like``, a tensor of the parameter's shape (its gradient, a moment)."""
+        """The rectangle inside ``like``, a tensor of the parameter's shape (its gradient)."""
         for dim, size in enumerate(self.local_shape):
             like = like.narrow(dim, self.row if dim == 0 else 0, size)
         return like
 
     def cut(self, whole: Tensor) -> Tensor:
         """The rectangle inside the whole tensor of shape ``shape``."""
-        return whole if self.dim is None else whole.narrow(self.dim, self.start, self.length)
+        for dim, (start, size) in enumerate(zip(self.offsets, self.local_shape, strict=True)):
+            whole = whole.narrow(dim, start, size)
+        return whole
+
+    def owned_by(self, owner: int, num_owners: int) -> "Part":
+        """The rows of the rectangle for which one of ``num_owners`` answers, in even shares but for the last.
+
+        Owner ``r`` has the rows ``r * ceil(n / num_owners)`` to ``(r + 1) * ceil(n / num_owners)`` of ``n``, as
+        far as there are so many: the last owners may have fewer, or none.
+        """
+        num_rows, *others = self.local_shape
+        share = -(-num_rows // num_owners)
+        first = min(owner * share, num_rows)
+        rows = min(share, num_rows - first)
+        offsets = (self.offsets[0] + first, *self.offsets[1:])
+        return replace(self, offsets=offsets, local_shape=(rows, *others), row=self.row + first)
 
 
 def padded_share(size: int, axis: Axis, *, multiple: int = 8) -> int:
@@ -101,9 +110,19 @@ def _parts_of_layer(path: str, layer: nn.Module, axis: Axis, aliases: Mapping[st
         shape = full_shapes.get(key, tuple(parameter.shape))
         for index, name in enumerate(_names(path, key, sharding.blocks)):
             rows = parameter.shape[0] // max(1, len(sharding.blocks))
-            start, length = _extent(sharding.dim, shape, rows if sharding.dim == 0 else None, parameter, axis)
+            held = (rows, *parameter.shape[1:])
+            offsets, local_shape = _extent(sharding.dim, shape, held, axis)
             yield Part(
-                name, parameter, shape, sharding.dim, start, length, index * rows, axis, aliases.get(name)
+                name,
+                parameter,
+                shape,
+                offsets,
+                local_shape,
+                dim=sharding.dim,
+                row=index * rows,
+                axis=axis,
+                alias_of=aliases.get(name),
+                over_sequence=sharding.over_sequence,
             )
 
 
@@ -116,11 +135,11 @@ def _names(path: str, key: str, blocks: tuple[str, ...]) -> list[str]:
 
 
 def _extent(
-    dim: int | None, shape: tuple[int, ...], rows: int | None, parameter: nn.Parameter, axis: Axis
-) -> tuple[int, int]:
-    """First index and number of logical entries that this rank holds along ``dim``."""
-    if dim is None:
-        return 0, 0
-    share = rows if rows is not None else parameter.shape[dim]
-    start = min(axis.rank * share, shape[dim])
-    return start, min(share, shape[dim] - start)
+    split: int | None, shape: tuple[int, ...], held: tuple[int, ...], axis: Axis
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """First index and size of the logical entries of ``shape`` among the ``held`` ones, padding included."""
+    starts = tuple(min(axis.rank * held[dim], shape[dim]) if dim == split else 0 for dim in range(len(shape)))
+    sizes = tuple(
+        min(held[dim], shape[dim] - starts[dim]) if dim == split else shape[dim] for dim in range(len(shape))
+    )
+    return starts, sizes

@@ -198,6 +198,7 @@ def test_vocabulary_rows_of_all_ranks_are_the_vocabulary(size):
             axis = Axis("tensor", tuple(range(size)), rank)
             for part in parts(build(axis), axis):
                 if part.shape[0] == VOCABULARY:
-                    rows.setdefault(part.name, []).extend(range(part.start, part.start + part.length))
+                    first = part.offsets[0]
+                    rows.setdefault(part.name, []).extend(range(first, first + part.local_shape[0]))
         assert rows
         assert all(found == list(range(VOCABULARY)) for found in rows.values())
