@@ -4,32 +4,14 @@ A rule is run when all settings that it reads are valid, whatever else is wrong.
 broken, or None.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
+from megatron_bert_tp.config.parallel_rules import PARALLEL_RULES
 from megatron_bert_tp.config.problems import Problem, listed, shown
+from megatron_bert_tp.config.rule import WORLD_SIZE, Broken, Rule, divisors, near, shortened
 
-WORLD_SIZE = "world size"
-_NUM_SHOWN = 12
 # Dropout compares 16 random bits: a probability that rounds to 0 of their 65536 values would drop nothing.
 _SMALLEST_DROPOUT = 1e-5
-
-
-@dataclass(frozen=True)
-class Broken:
-    """The rule that does not hold, with the values, and the way out."""
-
-    rule: str
-    way_out: str
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A check and the paths of the settings that it takes; the first one is blamed."""
-
-    paths: tuple[str, ...]
-    check: Callable[..., Broken | None]
 
 
 def broken_rules(values: Mapping[str, object], world_size: int | None) -> list[Problem]:
@@ -42,13 +24,6 @@ def world_problems(values: Mapping[str, object], world_size: int) -> list[Proble
     """Problems of the rules that read the world size alone."""
     known = {**values, WORLD_SIZE: world_size}
     return _run([rule for rule in RULES if WORLD_SIZE in rule.paths], known)
-
-
-def divisors(*numbers: int) -> list[int]:
-    """Numbers that divide all of ``numbers``, ascending."""
-    common = math.gcd(*numbers)
-    small = [n for n in range(1, math.isqrt(common) + 1) if common % n == 0]
-    return sorted({*small, *(common // n for n in small)})
 
 
 def _run(rules: Sequence[Rule], values: Mapping[str, object]) -> list[Problem]:
@@ -70,7 +45,7 @@ def _heads_divide_hidden(hidden: int, heads: int) -> Broken | None:
         return None
     return Broken(
         f"must be a multiple of model.num_attention_heads ({heads})",
-        f"use {_near(hidden, heads)}, or heads that work: {_shortened(divisors(hidden))}",
+        f"use {near(hidden, heads)}, or heads that work: {shortened(divisors(hidden))}",
     )
 
 
@@ -80,33 +55,6 @@ def _dropout_drops(probability: float) -> Broken | None:
     return Broken(
         f"must be 0 or at least {_SMALLEST_DROPOUT}: dropout works in steps of 1 / 65536",
         f"use 0, or at least {_SMALLEST_DROPOUT}",
-    )
-
-
-def _tensor_divides_heads(tensor: int, heads: int) -> Broken | None:
-    if heads % tensor == 0:
-        return None
-    return Broken(
-        f"must divide model.num_attention_heads ({heads})",
-        f"tensor sizes that work: {_shortened(divisors(heads))}",
-    )
-
-
-def _tensor_divides_intermediate(tensor: int, intermediate: int) -> Broken | None:
-    if intermediate % tensor == 0:
-        return None
-    return Broken(
-        f"must divide model.intermediate_size ({intermediate})",
-        f"tensor sizes that work: {_shortened(divisors(intermediate))}",
-    )
-
-
-def _stages_have_layers(pipeline: int, layers: int) -> Broken | None:
-    if pipeline <= layers:
-        return None
-    return Broken(
-        f"must not be above model.num_hidden_layers ({layers}): every stage holds at least one layer",
-        f"use at most {layers}",
     )
 
 
@@ -200,73 +148,6 @@ def _split_has_validation(split: tuple[float, float, float], samples: int) -> Br
     )
 
 
-def _rows_are_cut(microbatch: int | None, packing: str) -> Broken | None:
-    if packing != "none" or microbatch is not None:
-        return None
-    return Broken(
-        "is required where parallel.packing is none",
-        "give the samples of one forward pass, for example parallel.microbatch: 4",
-    )
-
-
-def _bins_hold_a_sample(tokens: int | None, packing: str, sequence: int) -> Broken | None:
-    longest = -(-sequence // 8) * 8
-    if packing == "none" or (tokens is not None and tokens >= longest):
-        return None
-    return Broken(
-        f"must be at least data.sequence_length ({sequence}) rounded up to 8, where parallel.packing is "
-        f"{packing}",
-        f"give the tokens of one forward pass, for example parallel.microbatch_tokens: {8 * longest}",
-    )
-
-
-def _batch_is_whole(
-    batch: int, microbatch: int | None, packing: str, tensor: int, pipeline: int, world: int | None
-) -> Broken | None:
-    if packing != "none" or microbatch is None:
-        return None
-    replica = tensor * pipeline
-    # A world size that does not fit is told by its own rule; the microbatch must fit in any case.
-    data = world // replica if world and world % replica == 0 else 1
-    share = microbatch * data
-    if batch % share == 0:
-        return None
-    return Broken(
-        f"must be a multiple of {share} = parallel.microbatch ({microbatch}) x data size ({data})",
-        f"use {_near(batch, share)}{_microbatches(batch, data)}",
-    )
-
-
-def _world_is_whole(world: int | None, tensor: int, pipeline: int) -> Broken | None:
-    replica = tensor * pipeline
-    if world is None or world % replica == 0:
-        return None
-    sizes = [replica, 2 * replica, 4 * replica]
-    return Broken(
-        f"must be a multiple of {replica} = parallel.tensor ({tensor}) x parallel.pipeline ({pipeline})",
-        f"start {listed(sizes)} processes, for example with torchrun --nproc_per_node={replica}, or use "
-        f"parallel.tensor and parallel.pipeline whose product divides {world}",
-    )
-
-
-def _microbatches(batch: int, data: int) -> str:
-    """Hint at the sizes of a microbatch that divide the batch as it is; empty where none can."""
-    if batch % data:
-        return ""
-    return f", or parallel.microbatch: {_shortened(divisors(batch // data))}"
-
-
-def _near(number: int, step: int) -> str:
-    """The multiples of ``step`` below and above ``number``."""
-    below = number - number % step
-    return listed([size for size in (below, below + step) if size])
-
-
-def _shortened(sizes: Sequence[int]) -> str:
-    text = ", ".join(map(str, sizes[:_NUM_SHOWN]))
-    return text if len(sizes) <= _NUM_SHOWN else f"{text}, ..."
-
-
 RULES: tuple[Rule, ...] = (
     Rule(("model.hidden_size", "model.num_attention_heads"), _heads_divide_hidden),
     Rule(("model.hidden_dropout_prob",), _dropout_drops),
@@ -282,21 +163,5 @@ RULES: tuple[Rule, ...] = (
     Rule(("objective.masking.span_lengths", "objective.masking.longest_span"), _spans_are_drawn),
     Rule(("optimizer.warmup_steps", "optimizer.steps"), _warmup_ends),
     Rule(("optimizer.final_learning_rate", "optimizer.learning_rate"), _rate_decays),
-    Rule(("parallel.tensor", "model.num_attention_heads"), _tensor_divides_heads),
-    Rule(("parallel.tensor", "model.intermediate_size"), _tensor_divides_intermediate),
-    Rule(("parallel.pipeline", "model.num_hidden_layers"), _stages_have_layers),
-    Rule((WORLD_SIZE, "parallel.tensor", "parallel.pipeline"), _world_is_whole),
-    Rule(("parallel.microbatch", "parallel.packing"), _rows_are_cut),
-    Rule(("parallel.microbatch_tokens", "parallel.packing", "data.sequence_length"), _bins_hold_a_sample),
-    Rule(
-        (
-            "optimizer.global_batch",
-            "parallel.microbatch",
-            "parallel.packing",
-            "parallel.tensor",
-            "parallel.pipeline",
-            WORLD_SIZE,
-        ),
-        _batch_is_whole,
-    ),
+    *PARALLEL_RULES,
 )

@@ -122,8 +122,19 @@ class ParallelConfig:
     """How the work is spread; the data size is world size / (tensor x pipeline)."""
 
     tensor: int = setting(1, "ranks that share every layer", at_least=1)
-    pipeline: int = setting(1, "stages that the layers are cut into", at_least=1)
-    schedule: Literal["gpipe", "1f1b"] = setting("1f1b", "order of forward and backward passes")
+    sequence: bool = setting(False, "split LayerNorm, dropout and residual over the tensor ranks too")
+    pipeline: int = setting(1, "ranks in a row that the layers are cut over", at_least=1)
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "file"] = setting(
+        "1f1b", "order of forward and backward passes; file: as parallel.schedule_file has it"
+    )
+    schedule_file: str | None = setting(None, "schedule written by hand; see docs/schedules.md")
+    virtual: int = setting(1, "stages of one rank: above 1 for interleaved, 2 for zb-v", at_least=1)
+    overlap_messages: bool = setting(False, "start messages between stages early and wait for them late")
+    shard_optimizer: bool = setting(False, "share out the optimizer's work and memory over the data ranks")
+    recompute: Literal["none", "selective", "full"] = setting(
+        "none", "compute again in the backward: nothing, attention's core, or whole layers"
+    )
+    recompute_every: int = setting(1, "recompute in every n-th layer", at_least=1)
     packing: Literal["none", "bins", "packed"] = setting(
         "none", "rows of a microbatch: samples in order, of like lengths, or several samples in one row"
     )

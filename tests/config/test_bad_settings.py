@@ -156,8 +156,20 @@ BAD = [
     ("parallel.tensor", "5", "must divide model.intermediate_size (96)"),
     ("parallel.pipeline", "0", "must be at least 1"),
     ("parallel.pipeline", "6", "must not be above model.num_hidden_layers (5)"),
-    ("parallel.schedule", "pipedream", "must be gpipe or 1f1b"),
-    ("parallel.schedule", "1F1B", "must be gpipe or 1f1b"),
+    ("parallel.schedule", "pipedream", "must be gpipe, 1f1b, interleaved, zb-h1, zb-v or file"),
+    ("parallel.schedule", "1F1B", "must be gpipe, 1f1b, interleaved, zb-h1, zb-v or file"),
+    ("parallel.schedule", "zb-v", "must be 2 where parallel.schedule is zb-v"),
+    ("parallel.schedule", "file", "is required where parallel.schedule is file"),
+    ("parallel.schedule_file", "mine.txt", "is given, but parallel.schedule is 1f1b"),
+    ("parallel.virtual", "0", "must be at least 1"),
+    ("parallel.virtual", "2", "must be 1 where parallel.schedule is 1f1b"),
+    ("parallel.virtual", "6", "x parallel.virtual (6) must not be above model.num_hidden_layers (5)"),
+    ("parallel.sequence", "split", TRUTH),
+    ("parallel.overlap_messages", "1", TRUTH),
+    ("parallel.shard_optimizer", "'true'", TRUTH),
+    ("parallel.recompute", "attention", "must be none, selective or full"),
+    ("parallel.recompute_every", "0", "must be at least 1"),
+    ("parallel.recompute_every", "2", "but parallel.recompute is none"),
     ("parallel.microbatch", "0", "must be at least 1"),
     ("parallel.microbatch", "auto", INTEGER),
     ("parallel.microbatch", "null", "is required where parallel.packing is none"),
@@ -265,7 +277,7 @@ def test_blend_has_a_weight_for_each_corpus(load, complaint: Complaint):
 
 
 def test_unknown_setting_like_no_other_lists_its_section(complaint: Complaint):
-    assert "parallel holds tensor, pipeline, schedule" in complaint({"parallel.xyzzy": "1"})
+    assert "parallel holds tensor, sequence, pipeline, schedule" in complaint({"parallel.xyzzy": "1"})
 
 
 @pytest.mark.parametrize(

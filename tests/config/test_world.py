@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from megatron_bert_tp.config.load import check_world
-from megatron_bert_tp.config.rules import divisors
+from megatron_bert_tp.config.rule import divisors
 from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.errors import ConfigError
 
