@@ -158,12 +158,9 @@ BAD = [
     ("parallel.pipeline", "6", "must not be above model.num_hidden_layers (5)"),
     ("parallel.schedule", "pipedream", "must be gpipe, 1f1b, interleaved, zb-h1, zb-v or file"),
     ("parallel.schedule", "1F1B", "must be gpipe, 1f1b, interleaved, zb-h1, zb-v or file"),
-    ("parallel.schedule", "zb-v", "must be 2 where parallel.schedule is zb-v"),
-    ("parallel.schedule", "file", "is required where parallel.schedule is file"),
     ("parallel.schedule_file", "mine.txt", "is given, but parallel.schedule is 1f1b"),
     ("parallel.virtual", "0", "must be at least 1"),
     ("parallel.virtual", "2", "must be 1 where parallel.schedule is 1f1b"),
-    ("parallel.virtual", "6", "x parallel.virtual (6) must not be above model.num_hidden_layers (5)"),
     ("parallel.sequence", "split", TRUTH),
     ("parallel.overlap_messages", "1", TRUTH),
     ("parallel.shard_optimizer", "'true'", TRUTH),
@@ -361,3 +358,21 @@ def test_shares_may_add_up_to_exactly_one(load: Callable[..., Config], mask_shar
 def test_split_without_validation_is_fine_when_nothing_is_evaluated(load: Callable[..., Config]):
     config = load({"data.split": "[100, 0, 0]", "run.evaluation_samples": "0"})
     assert config.data.split == (100.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "rule"),
+    [
+        ({"parallel.schedule": "zb-v"}, "must be 2 where parallel.schedule is zb-v"),
+        ({"parallel.schedule": "zb-h1", "parallel.virtual": "2"}, "must be 1 where parallel.schedule is zb-h1"),
+        ({"parallel.schedule": "file"}, "is required where parallel.schedule is file"),
+        (
+            {"parallel.schedule": "interleaved", "parallel.virtual": "6"},
+            "x parallel.virtual (6) must not be above model.num_hidden_layers (5)",
+        ),
+    ],
+)
+def test_schedule_and_stages_must_fit(complaint, values, rule):
+    text = complaint(values)
+    assert text.startswith("1 problem in the settings")
+    assert rule in text

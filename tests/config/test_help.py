@@ -23,7 +23,7 @@ def test_help_lists_every_section_and_setting_with_default_and_meaning():
 
 def test_help_shows_choices_and_limits():
     text = settings_help()
-    assert re.search(r"recompute +none \| selective \| full +none +compute", text)
+    assert re.search(r"packing +none \| bins \| packed +none +rows of", text)
     assert re.search(r"beta2 +number >= 0, < 1 +0\.999 ", text)
     assert re.search(r"weights +text \| null +null ", text)
     assert re.search(r"split +3 numbers +\[96, 4, 0\] ", text)
