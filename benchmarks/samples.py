@@ -104,7 +104,7 @@ def measure(
         sequence_length=length,
         masking=MASKINGS[masking],
         seed=SEED,
-        global_batch=batch,
+        size_of=lambda _done: batch,
         cutting=Cutting(packing="none", size=MICROBATCH),
     )
     batches.take(0)

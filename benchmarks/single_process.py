@@ -31,7 +31,7 @@ from megatron_bert_tp.demo.corpus import build_corpus
 from megatron_bert_tp.demo.sources import installed_sources
 from megatron_bert_tp.model.initialisation import initial_tensor
 from megatron_bert_tp.model.shape import tensor_shapes
-from megatron_bert_tp.optim.adamw import is_decayed
+from megatron_bert_tp.optim.roles import is_decayed
 from megatron_bert_tp.parallel.cross_entropy import IGNORED
 from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
 from megatron_bert_tp.training.build import build_trainer, model_shape

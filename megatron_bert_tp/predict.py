@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
     with ExitStack() as stack:
         stack.enter_context(process_group(environment, device, PATIENCE))
         stack.enter_context(telling(environment))
-        mesh = build_mesh(environment, device, tensor=given.tensor, pipeline=1, timeout=PATIENCE)
+        mesh = build_mesh(environment, device, tensor=given.tensor, pipeline=1, ends=(0,), timeout=PATIENCE)
         source = stack.enter_context(opened_source(given.input)) if environment.is_first else None
         predictor = Predictor.open(
             given.model,

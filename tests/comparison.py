@@ -46,6 +46,12 @@ def piece_of(part: Part, like: Tensor) -> Piece:
     return Piece(part.source, part.shape, part.offsets, values)
 
 
+def own_piece(part: Part, values: Tensor) -> Piece:
+    """What a rank holds of a tensor as a rectangle of its own, outside of any parameter."""
+    assert tuple(values.shape) == part.local_shape
+    return Piece(part.source, part.shape, part.offsets, values.clone())
+
+
 def gradient_pieces(parts: Iterable[Part]) -> list[Piece]:
     return [piece_of(part, part.parameter.grad) for part in parts if part.parameter.grad is not None]
 

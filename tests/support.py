@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,15 +12,18 @@ from torch import Tensor
 
 from megatron_bert_tp.checkpoint.load import load_parts_
 from megatron_bert_tp.data.batch import Batch
+from megatron_bert_tp.model.chunks import Chunks
 from megatron_bert_tp.model.initialisation import initialise_
 from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.model.stage import MegatronBertStage
 from megatron_bert_tp.objectives.pretraining import Counts, microbatch_loss
-from megatron_bert_tp.parallel.gradients import Gradients
-from megatron_bert_tp.parallel.mesh import MeshShape, ParallelMesh
-from megatron_bert_tp.pipeline.executor import Executor
+from megatron_bert_tp.parallel.gradients import Gradients, Reduction
+from megatron_bert_tp.parallel.mesh import Axis, MeshShape, ParallelMesh
+from megatron_bert_tp.pipeline.executor import Criterion, Executor
+from megatron_bert_tp.pipeline.instructions import Program
 from megatron_bert_tp.pipeline.partition import partition
-from megatron_bert_tp.pipeline.schedule import programs
+from megatron_bert_tp.pipeline.placement import straight
+from megatron_bert_tp.pipeline.schedule import placement_of, programs
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(seconds=60)
@@ -41,12 +45,19 @@ LENGTHS = ((13, 9, 11), (16, 16), (5, 7, 7), (24, 3, 17))
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the mesh and the order of passes."""
+    """How the work is spread: sizes of the mesh, order of passes, and what never changes the curve."""
 
     data: int = 1
     pipeline: int = 1
     tensor: int = 1
     schedule: str = "1f1b"
+    virtual: int = 1
+    sequence: bool = False
+    shards: bool = False
+    overlaps: bool = False
+    recompute: str = "none"
+    every: int = 1
+    packing: str = "none"
 
     @property
     def world(self) -> int:
@@ -124,7 +135,10 @@ def batches_of_step(step: int, *, shape: ModelShape, seed: int = 5) -> list[Batc
 
 def build_mesh(layout: Layout) -> ParallelMesh:
     """The mesh of this rank process."""
-    shape = MeshShape.of_world(dist.get_world_size(), tensor=layout.tensor, pipeline=layout.pipeline)
+    ends = placement_of(layout.schedule, layout.pipeline, layout.virtual).ends
+    shape = MeshShape.of_world(
+        dist.get_world_size(), tensor=layout.tensor, pipeline=layout.pipeline, ends=ends
+    )
     assert shape.data == layout.data
     return ParallelMesh.build(shape, rank=dist.get_rank(), timeout=TIMEOUT)
 
@@ -152,9 +166,16 @@ def build_stage(
 
 
 def build_gradients(
-    stage: MegatronBertStage, mesh: ParallelMesh, names: Sequence[str], *, bucket_bytes: int = 8192
+    stage: MegatronBertStage,
+    mesh: ParallelMesh,
+    names: Sequence[str],
+    *,
+    bucket_bytes: int = 8192,
+    shards: bool = False,
 ) -> Gradients:
-    return Gradients(stage.parts(), names, tied=stage.tied(), mesh=mesh, bucket_bytes=bucket_bytes)
+    owners = mesh.data if shards else Axis.alone("data")
+    reduction = Reduction(mesh=mesh, owners=owners, bucket_bytes=bucket_bytes)
+    return Gradients(Chunks([stage]).trained_parts(), names, tied=stage.tied(), reduction=reduction)
 
 
 def run_passes(
@@ -166,8 +187,18 @@ def run_passes(
         num_classes = stage.shape.vocab_size
         return microbatch_loss(output, batch, counts, num_classes=num_classes, tensor=mesh.tensor)
 
-    executor = Executor(stage, criterion, axis=mesh.pipeline, device=CPU)
-    return executor.run(programs(schedule, mesh.pipeline.size, len(batches))[mesh.pipeline.rank], batches)
+    return build_executor(stage, criterion, mesh).run(program_of(schedule, mesh, len(batches)), batches)
+
+
+def build_executor(stage: MegatronBertStage, criterion: Criterion[Any], mesh: ParallelMesh) -> Executor[Any]:
+    placement = straight(mesh.pipeline.size)
+    return Executor(
+        [stage], criterion, placement=placement, axis=mesh.pipeline, upstream=mesh.upstream, device=CPU
+    )
+
+
+def program_of(schedule: str, mesh: ParallelMesh, num_microbatches: int) -> Program:
+    return programs(schedule, straight(mesh.pipeline.size), num_microbatches)[mesh.pipeline.rank]
 
 
 def predict(
@@ -183,6 +214,5 @@ def predict(
         logits.append((output.masked.clone(), output.next_sentence.clone()))
         return output.next_sentence.sum(), torch.zeros(4)
 
-    executor = Executor(stage, keep, axis=mesh.pipeline, device=CPU)
-    executor.run(programs("forward_only", mesh.pipeline.size, len(batches))[mesh.pipeline.rank], batches)
+    build_executor(stage, keep, mesh).run(program_of("forward_only", mesh, len(batches)), batches)
     return logits

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from megatron_bert_tp.pipeline.schedule import programs
+from megatron_bert_tp.pipeline.schedule import placement_of, programs
 from megatron_bert_tp.pipeline.simulate import Durations, simulate
 from megatron_bert_tp.pipeline.timeline import draw
 from tests.sources import ARCHITECTURE, PACKAGE, ROOT, assert_none, fenced_block, source_files
@@ -197,5 +197,7 @@ def test_an_import_of_torch_is_told(tmp_path):
 
 
 def test_the_drawn_timeline_is_that_of_the_schedule(document):
-    timeline = simulate(programs("1f1b", 4, 8), Durations.equal(4, forward=1, backward=2))
+    placement = placement_of("1f1b", 4, 1)
+    durations = Durations.equal(4, forward=1, backward=2)
+    timeline = simulate(programs("1f1b", placement, 8), placement, durations)
     assert fenced_block(document, "timeline") == draw(timeline) + "\n"

@@ -1,6 +1,6 @@
 """The curve belongs to the recipe: the trainer takes the steps of one process on every layout, with dropout on."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
@@ -17,13 +17,16 @@ UNTIED = replace(RECIPE, shape=replace(CORPUS_SHAPE, tie_word_embeddings=False))
 DISTANCES = replace(
     RECIPE, shape=replace(CORPUS_SHAPE, position_embedding_type="relative_key", hidden_act="silu"), num_steps=2
 )
-SINGLE = replace(RECIPE, dtype=torch.float32)
 # Nine words on four tensor ranks, 8 rows each: the last two hold none.
 FEW_WORDS = replace(RECIPE, shape=replace(CORPUS_SHAPE, vocab_size=9))
 # Sums in another order differ by some units in the last place, 1e-16 each; a thousand such sums and three
 # steps stay far below this, and any missing, doubled or shifted term lies far above.
 TOLERANCE = 1e-9
 KEY_BIAS_GRADIENT = 1e-12
+
+# Eight layers: enough for four ranks of two stages, or two of three.
+DEEP = replace(RECIPE, shape=replace(CORPUS_SHAPE, num_hidden_layers=8))
+DEEP_SINGLE = replace(DEEP, dtype=torch.float32)
 
 LAYOUTS = [
     *(Layout(data=d, pipeline=p, tensor=t) for d, p, t in product((1, 2), repeat=3) if d * p * t > 1),
@@ -32,7 +35,59 @@ LAYOUTS = [
     Layout(tensor=4),
     Layout(pipeline=2, tensor=2, schedule="gpipe"),
 ]
-PIPELINES = [Layout(pipeline=p, schedule=s) for p in (2, 4) for s in ("gpipe", "1f1b")]
+ENGINE = [
+    # Sequence parallelism; 24 tokens x 2 rows divide by 2 and 4, and packed rows by none.
+    Layout(tensor=2, sequence=True),
+    Layout(tensor=4, sequence=True),
+    Layout(tensor=4, sequence=True, packing="packed"),
+    Layout(data=2, tensor=2, sequence=True),
+    Layout(pipeline=2, tensor=2, sequence=True, schedule="gpipe"),
+    Layout(pipeline=2, tensor=4, sequence=True),
+    # Several stages on a rank.
+    Layout(pipeline=2, schedule="interleaved", virtual=2),
+    Layout(pipeline=2, schedule="interleaved", virtual=3),
+    Layout(pipeline=3, schedule="interleaved", virtual=2),
+    Layout(pipeline=4, schedule="interleaved", virtual=2),
+    Layout(schedule="interleaved", virtual=2),
+    Layout(data=2, pipeline=2, schedule="interleaved", virtual=3, overlaps=True),
+    Layout(data=2, pipeline=2, tensor=2, schedule="interleaved", virtual=2, shards=True),
+    # Weight gradients in passes of their own.
+    Layout(schedule="zb-h1"),
+    Layout(pipeline=2, schedule="zb-h1"),
+    Layout(pipeline=4, schedule="zb-h1", overlaps=True),
+    Layout(data=2, pipeline=4, schedule="zb-h1", shards=True),
+    Layout(pipeline=2, tensor=2, schedule="zb-h1", sequence=True),
+    Layout(pipeline=2, schedule="zb-v", virtual=2),
+    Layout(pipeline=4, schedule="zb-v", virtual=2),
+    Layout(data=2, pipeline=2, tensor=2, schedule="zb-v", virtual=2, sequence=True, shards=True),
+    # Rows of tensors shared out over the data ranks; 4 divides few of their heights.
+    Layout(data=2, shards=True),
+    Layout(data=4, shards=True),
+    Layout(data=4, tensor=2, shards=True, packing="bins"),
+    Layout(data=8, shards=True, packing="packed"),
+    # Recomputed activations.
+    Layout(recompute="full"),
+    Layout(tensor=2, recompute="selective"),
+    Layout(tensor=2, sequence=True, recompute="full", every=2),
+    Layout(pipeline=2, schedule="zb-h1", recompute="full"),
+    Layout(data=2, pipeline=2, schedule="interleaved", virtual=2, recompute="selective", every=3),
+    # Packed rows, whose lengths differ between microbatches.
+    Layout(packing="packed"),
+    Layout(pipeline=4, schedule="zb-v", virtual=2, packing="packed", overlaps=True),
+    # Everything at once.
+    Layout(data=2, pipeline=2, tensor=2, schedule="interleaved", virtual=2, sequence=True, shards=True,
+           overlaps=True, recompute="selective", packing="packed"),
+    Layout(data=2, pipeline=2, tensor=2, schedule="zb-h1", sequence=True, shards=True, recompute="full", every=2,
+           packing="packed"),
+]  # fmt: skip
+PIPELINES = [
+    *(Layout(pipeline=p, schedule=s) for p in (2, 4) for s in ("gpipe", "1f1b", "zb-h1")),
+    Layout(pipeline=2, schedule="interleaved", virtual=3),
+    Layout(pipeline=4, schedule="interleaved", virtual=2, overlaps=True),
+    Layout(pipeline=2, schedule="zb-v", virtual=2),
+    Layout(pipeline=4, schedule="zb-v", virtual=2, recompute="full"),
+    Layout(pipeline=2, schedule="zb-h1", overlaps=True, recompute="selective", every=2),
+]
 LONG_LAYOUTS = [
     Layout(data=d, pipeline=p, tensor=t, schedule=s)
     for d, p, t, s in product((1, 2), (1, 2, 4), (1, 2, 4), ("gpipe", "1f1b"))
@@ -42,7 +97,11 @@ LONG = {"tied": replace(RECIPE, num_steps=10), "untied": replace(UNTIED, num_ste
 
 
 def name_of(layout: Layout) -> str:
-    return f"data{layout.data}-pipeline{layout.pipeline}-tensor{layout.tensor}-{layout.schedule}"
+    """The sizes, and what differs from a plain layout."""
+    plain = Layout(data=layout.data, pipeline=layout.pipeline, tensor=layout.tensor)
+    changed = {name: value for name, value in asdict(layout).items() if value != getattr(plain, name)}
+    more = "".join(f"-{name}-{value}" for name, value in changed.items())
+    return f"data{layout.data}-pipeline{layout.pipeline}-tensor{layout.tensor}{more}"
 
 
 def steps_of(ranks, settings: Path, recipe: Recipe, layout: Layout) -> list[Step]:
@@ -122,9 +181,21 @@ def test_layout_follows_one_process_with_relative_positions(ranks, data, one_pro
     assert "bert.embeddings.position_embeddings.weight" not in trained
 
 
+@pytest.mark.parametrize("layout", ENGINE, ids=name_of)
+def test_engine_follows_one_process(ranks, data, one_process_of, layout):
+    assert_same_curve(steps_of(ranks, data, DEEP, layout), one_process_of(DEEP), DEEP)
+
+
+def test_at_least_thirty_layouts_on_up_to_eight_processes():
+    names = {name_of(layout) for layout in (*LAYOUTS, *ENGINE)}
+    assert len(names) == len(LAYOUTS) + len(ENGINE) >= 30
+    assert max(layout.world for layout in ENGINE) == 8
+
+
 @pytest.mark.parametrize("layout", PIPELINES, ids=name_of)
 def test_pipeline_alone_follows_one_process_bit_for_bit(ranks, data, one_process_of, layout):
-    for ours, theirs in zip(steps_of(ranks, data, SINGLE, layout), one_process_of(SINGLE), strict=True):
+    found = steps_of(ranks, data, DEEP_SINGLE, layout)
+    for ours, theirs in zip(found, one_process_of(DEEP_SINGLE), strict=True):
         assert (ours.losses, ours.norm) == (theirs.losses, theirs.norm)
         for name, truth in theirs.gradients.items():
             assert torch.equal(ours.gradients[name], truth), name

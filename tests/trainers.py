@@ -20,7 +20,7 @@ from megatron_bert_tp.objectives.pretraining import Counts, Losses
 from megatron_bert_tp.training.build import build_trainer, pretrain
 from megatron_bert_tp.training.texts import open_texts
 from megatron_bert_tp.training.trainer import Trainer
-from tests.comparison import StepRecord, gradient_pieces, weight_pieces
+from tests.comparison import StepRecord, own_piece, weight_pieces
 from tests.support import (
     CPU,
     LENGTHS,
@@ -66,7 +66,17 @@ def configure(settings: Path, recipe: Recipe, layout: Layout, *overrides: str) -
         "parallel.pipeline": layout.pipeline,
         "parallel.tensor": layout.tensor,
         "parallel.schedule": layout.schedule,
+        "parallel.virtual": layout.virtual,
+        "parallel.sequence": layout.sequence,
+        "parallel.shard_optimizer": layout.shards,
+        "parallel.overlap_messages": layout.overlaps,
+        "parallel.recompute": layout.recompute,
+        "parallel.recompute_every": layout.every,
+        # Small, so that there are many to send while the backward runs.
+        "parallel.bucket_megabytes": 1,
     }
+    if layout.packing != "none":
+        values |= {"parallel.packing": layout.packing, "parallel.microbatch_tokens": 64}
     given = [f"{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in values.items()]
     return load_config(settings, [*given, *overrides], world_size=layout.world)
 
@@ -88,7 +98,8 @@ def trainer_of_made(
     texts = SimpleNamespace(training=MadeBatches(recipe.shape), validation=None)
     trainer = build_trainer(config, mesh, texts, device=CPU)
     if weights is not None:
-        load_whole_(trainer.stage, weights)
+        for stage in trainer.chunks:
+            load_whole_(stage, weights)
     return trainer
 
 
@@ -97,8 +108,9 @@ def steps_of(trainer: Trainer, num_steps: int) -> list[StepRecord]:
     records = []
     for _ in range(num_steps):
         report = trainer.train_step()
-        parts = trainer.stage.parts()
-        records.append(StepRecord(report.losses, report.grad_norm, gradient_pieces(parts), weight_pieces(parts)))
+        gradients = [own_piece(part, gradient) for part, gradient in trainer.updater.gradients.own]
+        weights = weight_pieces(trainer.chunks.parts())
+        records.append(StepRecord(report.losses, report.update.grad_norm, gradients, weights))
     return records
 
 
@@ -121,8 +133,8 @@ def evaluate(settings: Path, recipe: Recipe, layout: Layout, *overrides: str) ->
     assert trainer.texts.validation is not None
     num_microbatches = len(trainer.texts.validation.evaluation(config.run.evaluation_samples))
     losses, counts = trainer.evaluate()
-    assert trainer.stage.training, "dropout is back on"
-    assert not trainer.gradients.present()
+    assert trainer.chunks.is_training, "dropout is back on"
+    assert all(parameter.grad is None for stage in trainer.chunks for parameter in stage.parameters())
     return num_microbatches, losses, counts
 
 

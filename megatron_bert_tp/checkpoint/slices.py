@@ -1,6 +1,6 @@
 """The rectangles of which a checkpoint consists, and the proof that they cover every tensor exactly once."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import prod
@@ -44,14 +44,11 @@ class Slice:
         return end_of(self.offsets, self.extent)
 
 
-def rectangles(parts: Iterable[Part], kind: str, tensor_of: Callable[[Part], Tensor]) -> list[Rectangle]:
-    """What this rank answers for, under ``kind/name``.
-
-    ``tensor_of`` gives a tensor of the parameter's shape: the parameter itself, or a moment of it.
-    """
+def rectangles(kind: str, held: Iterable[tuple[Part, Tensor]]) -> list[Rectangle]:
+    """What this rank answers for, under ``kind/name``: a part, and a tensor of its local shape."""
     return [
-        Rectangle(f"{kind}/{part.name}", part.shape, part.offsets, part.view(tensor_of(part)).detach())
-        for part in parts
+        Rectangle(f"{kind}/{part.name}", part.shape, part.offsets, tensor.detach())
+        for part, tensor in held
         if part.is_counted_here and 0 not in part.local_shape
     ]
 

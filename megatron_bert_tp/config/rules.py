@@ -6,6 +6,7 @@ broken, or None.
 
 from collections.abc import Mapping, Sequence
 
+from megatron_bert_tp.config.optimizer_rules import OPTIMIZER_RULES
 from megatron_bert_tp.config.parallel_rules import PARALLEL_RULES
 from megatron_bert_tp.config.problems import Problem, listed, shown
 from megatron_bert_tp.config.rule import WORLD_SIZE, Broken, Rule, divisors, near, shortened
@@ -114,23 +115,6 @@ def _spans_are_drawn(lengths: str, longest: int) -> Broken | None:
     )
 
 
-def _warmup_ends(warmup: int, steps: int) -> Broken | None:
-    if warmup <= steps:
-        return None
-    return Broken(
-        f"must not be above optimizer.steps ({steps})", f"use at most {steps}, for example {steps // 10}"
-    )
-
-
-def _rate_decays(final: float, highest: float) -> Broken | None:
-    if final <= highest:
-        return None
-    return Broken(
-        f"must not be above optimizer.learning_rate ({highest}): the rate decays to it",
-        f"use 0 or at most {highest}",
-    )
-
-
 def _split_has_training(split: tuple[float, float, float]) -> Broken | None:
     if min(split) >= 0 and split[0] > 0:
         return None
@@ -161,7 +145,6 @@ RULES: tuple[Rule, ...] = (
     Rule(("data.sequence_length", "model.max_position_embeddings"), _sequence_fits_positions),
     Rule(("objective.masking.mask_share", "objective.masking.random_share"), _shares_leave_room),
     Rule(("objective.masking.span_lengths", "objective.masking.longest_span"), _spans_are_drawn),
-    Rule(("optimizer.warmup_steps", "optimizer.steps"), _warmup_ends),
-    Rule(("optimizer.final_learning_rate", "optimizer.learning_rate"), _rate_decays),
+    *OPTIMIZER_RULES,
     *PARALLEL_RULES,
 )

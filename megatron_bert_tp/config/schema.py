@@ -99,22 +99,68 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchRampConfig:
+    """Smaller global batches at the beginning; all three settings, or none."""
+
+    start: int | None = setting(None, "samples of the first steps; null: no ramp", at_least=1)
+    increment: int | None = setting(None, "samples by which the batch grows at a time", at_least=1)
+    samples: int | None = setting(None, "samples after which the batch is optimizer.global_batch", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossScaleConfig:
+    """What keeps the gradients of float16 in range."""
+
+    initial: float = setting(65536.0, "factor on the loss at first", above=0)
+    growth_interval: int = setting(1000, "finite steps after which the factor doubles", at_least=1)
+    hysteresis: int = setting(2, "overflow at which the factor is first halved", at_least=1)
+    minimum: float = setting(1.0, "smallest factor", above=0)
+    most_skips: int = setting(50, "skipped steps in a row at which a run gives up", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """How the weights move."""
 
-    name: Literal["adamw"] = setting("adamw", "update rule")
+    name: Literal["adamw", "lamb", "sgd"] = setting("adamw", "update rule")
     global_batch: int = setting(required=True, meaning="samples per optimizer step, over all ranks", at_least=1)
     steps: int = setting(required=True, meaning="optimizer steps of the whole run", at_least=1)
     learning_rate: float = setting(1e-4, "highest learning rate", above=0)
     final_learning_rate: float = setting(0.0, "rate that the decay reaches after the last step", at_least=0)
+    schedule: Literal["linear", "cosine", "constant", "inverse_square_root", "wsd"] = setting(
+        "linear", "learning rate after the warm-up; wsd is the highest, then decays at the end of the run"
+    )
+    schedule_unit: Literal["steps", "samples"] = setting(
+        "steps", "what the schedule counts; its lengths are the settings that end in this word"
+    )
     warmup_steps: int = setting(0, "steps of linear warm-up from learning_rate / warmup_steps", at_least=0)
-    beta1: float = setting(0.9, "decay of the first moment", at_least=0, below=1)
-    beta2: float = setting(0.999, "decay of the second moment", at_least=0, below=1)
-    epsilon: float = setting(1e-8, "added to the root of the second moment", above=0)
-    weight_decay: float = setting(0.01, "decoupled weight decay; not on biases and LayerNorms", at_least=0)
+    warmup_samples: int = setting(0, "samples of linear warm-up", at_least=0)
+    decay_steps: int | None = setting(
+        None, "steps of the decay, for wsd the last ones; null: from the warm-up to the end", at_least=1
+    )
+    decay_samples: int | None = setting(
+        None, "samples of the decay, for wsd the last ones; null: from the warm-up to the end", at_least=1
+    )
+    beta1: float = setting(0.9, "decay of the first moment (adamw, lamb)", at_least=0, below=1)
+    beta2: float = setting(0.999, "decay of the second moment (adamw, lamb)", at_least=0, below=1)
+    epsilon: float = setting(1e-8, "added to the root of the second moment (adamw, lamb)", above=0)
+    momentum: float = setting(0.9, "decay of the sum of gradients (sgd)", at_least=0, below=1)
+    weight_decay: float = setting(
+        0.01, "weight decay, decoupled but for sgd; not on biases and LayerNorms", at_least=0
+    )
+    final_weight_decay: float | None = setting(
+        None, "weight decay that a ramp reaches after the last step", at_least=0
+    )
+    weight_decay_ramp: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "curve from weight_decay to final_weight_decay over the run"
+    )
     clip_norm: float = setting(1.0, "largest gradient norm; 0 never clips", at_least=0)
-    precision: Literal["float32", "float64"] = setting("float32", "number format of weights and computing")
+    precision: Literal["float32", "float64", "bfloat16", "float16"] = setting(
+        "float32", "number format of computing; below 32 bits the optimizer keeps float32 weights"
+    )
     seed: int = setting(1234, "seed of weights, data order, masks and dropout", at_least=0, below=2**63)
+    batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +211,9 @@ class RunConfig:
     )
     log_every: int = setting(1, "steps between console lines (every step is in metrics.jsonl)", at_least=1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU where torch sees one, else the CPU")
+    fused: Literal["torch", "apex"] = setting(
+        "torch", "whose fused kernels run: torch's, or NVIDIA's apex where it is installed"
+    )
     timeout_seconds: float = setting(600.0, "longest wait for a message before a run fails", above=0)
 
 

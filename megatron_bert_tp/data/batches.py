@@ -1,5 +1,6 @@
 """Sample numbers to microbatches."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Protocol
 
@@ -32,7 +33,8 @@ class PretrainingBatches:
     """Microbatches of one replica for masked language modelling and sentence pairs.
 
     A sample is a pure function of (seed, sample number), so that every tensor and pipeline rank of a
-    replica makes the same batch by itself.  Sample numbers count over all epochs.
+    replica makes the same batch by itself.  Sample numbers count over all epochs.  ``size_of`` tells the
+    samples of the step that follows so many.
     """
 
     def __init__(
@@ -43,12 +45,12 @@ class PretrainingBatches:
         sequence_length: int,
         masking: MaskingConfig,
         seed: int,
-        global_batch: int,
+        size_of: Callable[[int], int],
         cutting: Cutting,
     ):
         self._samples, self._vocabulary = samples, vocabulary
         self._sequence_length, self._masking, self._seed = sequence_length, masking, seed
-        self._global_batch, self._cutting = global_batch, cutting
+        self._size_of, self._cutting = size_of, cutting
 
     @property
     def num_samples_per_epoch(self) -> int:
@@ -57,7 +59,7 @@ class PretrainingBatches:
 
     def take(self, samples_done: int) -> list[Batch]:
         """Microbatches of this replica in the step that follows ``samples_done`` samples."""
-        return self._cut(np.arange(samples_done, samples_done + self._global_batch))
+        return self._cut(np.arange(samples_done, samples_done + self._size_of(samples_done)))
 
     def evaluation(self, num_samples: int) -> list[Batch]:
         """This replica's microbatches of the first samples, at most one epoch; always the same, masks included."""

@@ -2,7 +2,7 @@
 
 import atexit
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -18,6 +18,8 @@ _LAST_SECONDS = 5.0  # for the batch that the thread makes when the process ends
 
 Make = Callable[[int], list[Batch]]
 """From the samples done to the microbatches of the step that follows them."""
+SizeOf = Callable[[int], int]
+"""From the samples done to the samples of the step that follows them, which never become fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +39,9 @@ class StepLoader:
     What a step gets depends on its number alone: neither the workers nor what was taken before changes it.
     """
 
-    def __init__(self, make: Make, *, global_batch: int, end: int, loading: Loading):
+    def __init__(self, make: Make, *, size_of: SizeOf, end: int, loading: Loading):
         """``end`` is the number of samples of the whole run: nothing is made ahead beyond it."""
-        self._make, self._global_batch, self._end, self._loading = make, global_batch, end, loading
+        self._make, self._size_of, self._end, self._loading = make, size_of, end, loading
         self._next: int | None = None
         self._steps: Iterator[list[Batch]] = iter(())
 
@@ -49,17 +51,37 @@ class StepLoader:
         DataError when a process that makes them has died, or when they do not come in time.
         """
         if samples_done != self._next or samples_done >= self._end:
-            end = max(self._end, samples_done + self._global_batch)
-            self._steps = _ahead(self._make, range(samples_done, end, self._global_batch), self._loading)
-        self._next = samples_done + self._global_batch
+            end = max(self._end, samples_done + self._size_of(samples_done))
+            self._steps = _ahead(self._make, _Starts(samples_done, end, self._size_of), self._loading)
+        self._next = samples_done + self._size_of(samples_done)
         return next(self._steps)
 
 
-def _ahead(make: Make, numbers: range, loading: Loading) -> Iterator[list[Batch]]:
+class _Starts(Sequence[int]):
+    """Samples done before each step from ``first`` on: as long as sizes grow a list, and from then on a range."""
+
+    def __init__(self, first: int, end: int, size_of: SizeOf):
+        full = size_of(end)
+        self._growing: list[int] = []
+        while first < end and size_of(first) != full:
+            self._growing.append(first)
+            first += size_of(first)
+        self._even = range(first, end, full)
+
+    def __len__(self) -> int:
+        return len(self._growing) + len(self._even)
+
+    def __getitem__(self, index: int) -> int:  # type: ignore[override]
+        if index < len(self._growing):
+            return self._growing[index]
+        return self._even[index - len(self._growing)]
+
+
+def _ahead(make: Make, numbers: Sequence[int], loading: Loading) -> Iterator[list[Batch]]:
     return (_in_processes if loading.num_workers else _in_thread)(make, numbers, loading)
 
 
-def _in_thread(make: Make, numbers: range, loading: Loading) -> Iterator[list[Batch]]:
+def _in_thread(make: Make, numbers: Sequence[int], loading: Loading) -> Iterator[list[Batch]]:
     def made(number: int) -> list[Batch]:
         batches = make(number)
         return [batch.pin_memory() for batch in batches] if loading.pins_memory else batches
@@ -132,7 +154,7 @@ _Made = list[Batch] | MegatronBertError
 class _Steps(Dataset[_Made]):
     """The steps of a run for torch's loader; what a user can mend comes as a value, or torch would wrap it."""
 
-    def __init__(self, make: Make, numbers: range):
+    def __init__(self, make: Make, numbers: Sequence[int]):
         self._make, self._numbers = make, numbers
 
     def __len__(self) -> int:
@@ -145,7 +167,7 @@ class _Steps(Dataset[_Made]):
             return error
 
 
-def _in_processes(make: Make, numbers: range, loading: Loading) -> Iterator[list[Batch]]:
+def _in_processes(make: Make, numbers: Sequence[int], loading: Loading) -> Iterator[list[Batch]]:
     loader = DataLoader(
         _Steps(make, numbers),
         batch_size=None,

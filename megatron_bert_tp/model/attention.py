@@ -1,9 +1,11 @@
 """Self- and cross-attention over this rank's heads, and the sublayer around either."""
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_bert_tp.model.context import Attended, Context, KeysValues
 from megatron_bert_tp.model.dot_product import attend, attend_openly, distance_scores
@@ -18,6 +20,7 @@ from megatron_bert_tp.parallel.linear import (
 )
 from megatron_bert_tp.parallel.mesh import Axis
 from megatron_bert_tp.parallel.random_bits import Place, RandomBits, dropout_add, dropped_share, keep_mask
+from megatron_bert_tp.parallel.replicated import LayerNorm
 
 
 class _Heads(nn.Module):
@@ -105,8 +108,25 @@ class SelfAttention(_Heads):
         load_blocks_of(self, "query_key_value")
 
     def forward(self, x: Tensor, context: Context) -> Attended:
-        """``[batch, sequence, hidden]`` to this rank's heads in a row, ``[batch, sequence, hidden / size]``."""
+        """``[batch, sequence, hidden]`` to this rank's heads in a row, ``[batch, sequence, hidden / size]``.
+
+        Where the sequence is split, this rank's tokens ``[1, tokens / size, hidden]`` to all ``[1, tokens, ...]``.
+        """
         projected = self.query_key_value(x)
+        if not context.recomputes_attention:
+            return self._of_projected(projected, context)
+        again = checkpoint(self._of_projected, projected, context, use_reentrant=False, preserve_rng_state=False)
+        return cast(Attended, again)
+
+    def _of_projected(self, projected: Tensor, context: Context) -> Attended:
+        """Queries, keys and values of all tokens to the joined heads: the core attention."""
+        if context.tokens is None:
+            return self._of_whole(projected, context)
+        attended = self._of_whole(context.tokens.rows(projected), context)
+        return replace(attended, hidden=context.tokens.padded(attended.hidden))
+
+    def _of_whole(self, projected: Tensor, context: Context) -> Attended:
+        """Attention of ``[batch, sequence, 3 hidden / size]``, within each row or each sample of a packed one."""
         segments = context.segments
         if segments is None:
             return self._of_rows(projected, context)
@@ -193,7 +213,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         kind = CrossAttention if is_cross else SelfAttention
         place = Place.CROSS_ATTENTION_OUTPUT if is_cross else Place.ATTENTION_OUTPUT
-        self.ln = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps, dtype=dtype)
+        self.ln = LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps, dtype=dtype)
         self.self = kind(shape, number, axis=axis, dtype=dtype)
         self.output = AttentionOutput(shape, number, place=place, axis=axis, dtype=dtype)
 

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from megatron_bert_tp.model.segments import Group, Segments
 from megatron_bert_tp.parallel.random_bits import RandomBits
+from megatron_bert_tp.parallel.token_runs import TokenRuns
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Context:
     is no dropout.  ``head_mask`` ``[layers, 1 or batch, heads / size, 1 or queries, 1 or keys]`` multiplies the
     probabilities of this rank's heads.  ``encoder_states`` ``[batch, keys, hidden]`` are what cross-attention
     looks at, and ``past`` has one cache for each layer.  With ``segments`` there is one row of several
-    samples, and the masks are the segments' own.
+    samples, and the masks are the segments' own.  With ``tokens`` hidden states between the sharded products are
+    this rank's run ``[1, tokens / size, hidden]``.  ``recomputes_attention`` lets a layer keep queries, keys and
+    values, and compute what follows from them again in the backward.
     """
 
     mask: Tensor | None = None
@@ -47,6 +51,8 @@ class Context:
     encoder_mask: Tensor | None = None
     past: tuple[LayerCache, ...] | None = None
     segments: Segments | None = None
+    tokens: TokenRuns | None = None
+    recomputes_attention: bool = False
     keeps_hidden: bool = False
     keeps_probabilities: bool = False
     keeps_cache: bool = False
@@ -67,9 +73,35 @@ class Context:
         bits = None if self.bits is None else self.bits.of_samples(group.samples)
         return replace(self, mask=group.mask, bits=bits, segments=None)
 
-    def of_samples(self, hidden: Tensor) -> Tensor:
-        """``[batch, sequence, hidden]`` with a row for each sample, of a packed one its first position alone."""
-        return hidden if self.segments is None else hidden[0].index_select(0, self.segments.firsts)[:, None]
+    def whole(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``[batch, sequence, hidden]`` on every rank."""
+        return hidden if self.tokens is None else self.tokens.gather(hidden)
+
+    def rows_of_heads(
+        self, hidden: Tensor, positions: Tensor | None, *, has_samples: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What heads read that do not read everything, on every rank.
+
+        States ``[masked, hidden]`` of flat ``positions``, and ``[samples, 1 or sequence, hidden]``, of which the
+        first of each sample counts; either without sense where it is not asked for.  Where the sequence is
+        split they come in one message of ``[masked + samples, hidden]``.
+        """
+        if self.tokens is None:
+            rows = hidden.flatten(0, 1)
+            samples = hidden if self.segments is None else rows.index_select(0, self.segments.firsts)[:, None]
+            return rows if positions is None else rows.index_select(0, positions), samples
+        asked = [] if positions is None else [positions]
+        asked += [self._firsts(hidden.device)] if has_samples else []
+        num_rows = 0 if positions is None else len(positions)
+        fetched = self.tokens.fetch(hidden, torch.cat(asked))
+        return fetched[:num_rows], fetched[num_rows:, None]
+
+    def _firsts(self, device: torch.device) -> Tensor:
+        """``[samples]`` flat index of the first token of each sample."""
+        if self.segments is not None:
+            return self.segments.firsts
+        assert self.tokens is not None
+        return torch.arange(0, self.tokens.num_tokens, self.tokens.sequence, device=device)
 
     def layer_head_mask(self, number: int) -> Tensor | None:
         """Head mask of one layer."""

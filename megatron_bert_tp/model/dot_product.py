@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_bert_tp.errors import LayoutError
-from megatron_bert_tp.parallel.random_bits import scaled_mask
+from megatron_bert_tp.parallel.narrow import is_narrow_on_cpu
+from megatron_bert_tp.parallel.random_bits import dropped, dropped_share
 
 
 class _DroppedAttention(torch.autograd.Function):
@@ -17,6 +18,8 @@ class _DroppedAttention(torch.autograd.Function):
     Backward, with P the softmax, D = P * keep / (1 - p) and C = D V the output: the softmax' row sums
     ``sum(dP * P)`` equal ``sum(dC * C)`` over the features (Dao et al. 2022, appendix B), so the gradient of
     the scores is ``D * (dC V^T) - P * rowsum(dC * C)``.
+
+    Scores of 16 bits would lose more than all the rest: on CPU they and the softmax are float32.
     """
 
     @staticmethod
@@ -25,13 +28,14 @@ class _DroppedAttention(torch.autograd.Function):
     ) -> Tensor:
         query, key, value = packed.flatten(1, 2)
         scale = 1 / math.sqrt(packed.shape[-1])
+        if is_narrow_on_cpu(packed):
+            query, key = query.float(), key.float()
         scores = torch.baddbmm(query.new_empty(()), query, key.mT, beta=0, alpha=scale)
         scores = scores.view(keep.shape)
         if mask is not None:
             scores.add_(mask.to(scores.dtype))
-        softmax = torch.softmax(scores, -1)
-        dropped = scaled_mask(keep, probability, softmax.dtype).mul_(softmax)
-        context = torch.bmm(dropped.flatten(0, 1), value)
+        softmax = torch.softmax(scores, -1).to(packed.dtype)
+        context = torch.bmm(dropped(softmax, keep, probability).flatten(0, 1), value)
         ctx.save_for_backward(packed, softmax, keep, context)
         ctx.probability = probability
         return context.view(packed.shape[1:])
@@ -42,12 +46,12 @@ class _DroppedAttention(torch.autograd.Function):
         query, key, value = packed.flatten(1, 2)
         scale = 1 / math.sqrt(packed.shape[-1])
         grad = grads[0].reshape(context.shape)
-        dropped = scaled_mask(keep, ctx.probability, softmax.dtype).mul_(softmax).flatten(0, 1)
+        kept = dropped(softmax, keep, ctx.probability).flatten(0, 1)
         grad_packed = torch.empty_like(packed)
         grad_query, grad_key, grad_value = grad_packed.flatten(1, 2)
-        torch.bmm(dropped.mT, grad, out=grad_value)
+        torch.bmm(kept.mT, grad, out=grad_value)
         row_sums = (grad * context).sum(-1, keepdim=True)
-        grad_scores = dropped.mul_(torch.bmm(grad, value.mT))
+        grad_scores = kept.mul_(torch.bmm(grad, value.mT))
         grad_scores.addcmul_(softmax.flatten(0, 1), row_sums, value=-1).mul_(scale)
         torch.bmm(grad_scores, key, out=grad_query)
         torch.bmm(grad_scores.mT, query, out=grad_key)
@@ -95,7 +99,7 @@ def attend_openly(
         scores = scores + mask
     probabilities = scores.softmax(-1)
     if keep is not None:
-        probabilities = probabilities * scaled_mask(keep, probability, probabilities.dtype)
+        probabilities = probabilities * keep * (1 / (1 - dropped_share(probability)))
     if head_mask is not None:
         probabilities = probabilities * head_mask
     return probabilities @ value, probabilities

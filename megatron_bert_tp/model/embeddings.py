@@ -7,6 +7,8 @@ from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.parallel.embedding import VocabParallelEmbedding
 from megatron_bert_tp.parallel.mesh import Axis
 from megatron_bert_tp.parallel.random_bits import Place, RandomBits, dropout_add
+from megatron_bert_tp.parallel.replicated import ReplicatedEmbedding
+from megatron_bert_tp.parallel.token_runs import TokenRuns
 
 
 class Embeddings(nn.Module):
@@ -14,13 +16,14 @@ class Embeddings(nn.Module):
 
     def __init__(self, shape: ModelShape, *, axis: Axis, dtype: torch.dtype) -> None:
         super().__init__()
+        self.padding_id = shape.pad_token_id
         hidden = shape.hidden_size
         self.probability = shape.hidden_dropout_prob
         self.word_embeddings = VocabParallelEmbedding(
             shape.vocab_size, hidden, axis=axis, dtype=dtype, padding_idx=shape.pad_token_id
         )
-        self.position_embeddings = nn.Embedding(shape.max_position_embeddings, hidden, dtype=dtype)
-        self.token_type_embeddings = nn.Embedding(shape.type_vocab_size, hidden, dtype=dtype)
+        self.position_embeddings = ReplicatedEmbedding(shape.max_position_embeddings, hidden, dtype=dtype)
+        self.token_type_embeddings = ReplicatedEmbedding(shape.type_vocab_size, hidden, dtype=dtype)
         self.has_positions = not shape.is_relative
 
     def forward(
@@ -44,6 +47,25 @@ class Embeddings(nn.Module):
         return dropout_add(
             embedded, None, bits, probability=self.probability, layer=0, place=Place.EMBEDDINGS
         )
+
+    def of_run(
+        self,
+        ids: Tensor,
+        token_type_ids: Tensor,
+        bits: RandomBits | None,
+        *,
+        tokens: TokenRuns,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Ids ``[batch, sequence]`` to this rank's run ``[1, tokens / size, hidden]`` of what `forward` gives.
+
+        The word embeddings must split the sequence; ``bits`` are those of the run.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        words = self.word_embeddings(tokens.padded(ids, value=self.padding_id))
+        own_types, own_positions = tokens.of_rank(token_type_ids), tokens.of_rank(position_ids)
+        return self.forward(words, own_types, bits, position_ids=own_positions)
 
     def _positions(self, position_ids: Tensor | None, length: int) -> Tensor:
         if position_ids is None:

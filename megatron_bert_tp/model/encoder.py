@@ -1,6 +1,7 @@
 """The layers of one stage, one after another."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -9,8 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_bert_tp.model.context import Context, Encoded, Kept
 from megatron_bert_tp.model.layer import Layer
+from megatron_bert_tp.model.recompute import Recompute
 from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.parallel.mesh import Axis
+from megatron_bert_tp.parallel.replicated import LayerNorm
 from megatron_bert_tp.pipeline.partition import StagePlan
 
 
@@ -38,18 +41,35 @@ class Layers(nn.ModuleDict):
 class Encoder(nn.Module):
     """The layers of one stage under their global numbers, and the final LayerNorm on the last.
 
-    With ``recomputes``, training keeps only the input of each layer and computes its inside again in the backward
-    (Chen et al. 2016); the dropout bits are named, so they are the same the second time.
+    ``recompute`` says what training computes again in the backward.
     """
 
-    def __init__(self, shape: ModelShape, plan: StagePlan, *, axis: Axis, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        plan: StagePlan,
+        *,
+        axis: Axis,
+        dtype: torch.dtype,
+        recompute: Recompute | None = None,
+    ) -> None:
         super().__init__()
-        self.is_last, self.recomputes = plan.is_last, False
+        self.is_last, self.recompute = plan.is_last, recompute or Recompute()
         self.layer = Layers(
             {str(number): Layer(shape, number, axis=axis, dtype=dtype) for number in plan.layers}
         )
         if plan.is_last:
-            self.ln = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps, dtype=dtype)
+            self.ln = LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps, dtype=dtype)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether every layer computes its whole inside again."""
+        return self.recompute == Recompute("full")
+
+    @recomputes.setter
+    def recomputes(self, is_full: bool) -> None:
+        """Compute everything again, or nothing."""
+        self.recompute = Recompute("full" if is_full else "none")
 
     def forward(self, hidden: Tensor, context: Context) -> Encoded:
         """``[batch, sequence, hidden]`` to the same shape, and what the context asks for."""
@@ -58,14 +78,17 @@ class Encoder(nn.Module):
         for layer in self.layer.values():
             if context.keeps_hidden:
                 states.append(hidden)
-            hidden, left = self._run(layer, hidden, context)
+            hidden, left = self._run(cast(Layer, layer), hidden, context)
             kept.append(left)
         if self.is_last:
             hidden = self.ln(hidden)
         return Encoded(hidden, (*states, hidden) if context.keeps_hidden else (), tuple(kept))
 
-    def _run(self, layer: nn.Module, hidden: Tensor, context: Context) -> tuple[Tensor, Kept]:
-        if self.recomputes and self.training:
+    def _run(self, layer: Layer, hidden: Tensor, context: Context) -> tuple[Tensor, Kept]:
+        kind = self.recompute.of_layer(layer.number) if self.training else "none"
+        if kind == "full":
             again = checkpoint(layer, hidden, context, use_reentrant=False, preserve_rng_state=False)
             return cast(tuple[Tensor, Kept], again)
+        if kind == "selective" and context.is_plain:
+            context = replace(context, recomputes_attention=True)
         return cast(tuple[Tensor, Kept], layer(hidden, context))

@@ -10,6 +10,7 @@ from megatron_bert_tp.model.shape import Head, ModelShape
 from megatron_bert_tp.parallel.linear import VocabParallelProjection
 from megatron_bert_tp.parallel.mesh import Axis
 from megatron_bert_tp.parallel.random_bits import Place, RandomBits, dropout_add
+from megatron_bert_tp.parallel.replicated import HeadLayerNorm
 from megatron_bert_tp.parallel.sharding import Sharding, padded_share
 
 
@@ -32,7 +33,7 @@ class PredictionTransform(nn.Module):
         super().__init__()
         self.activation = ACTIVATION_FUNCTIONS[shape.hidden_act]
         self.dense = nn.Linear(shape.hidden_size, shape.hidden_size, dtype=dtype)
-        self.LayerNorm = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps, dtype=dtype)
+        self.LayerNorm = HeadLayerNorm(shape.hidden_size, eps=shape.layer_norm_eps, dtype=dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[..., hidden]`` to the same shape."""

@@ -1,12 +1,15 @@
 """Initial weights as a function of (seed, tensor name): the same whatever rank they lie on."""
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.model.stage import MegatronBertStage
+from megatron_bert_tp.parallel.sharding import Part
 
 
 def initial_tensor(name: str, shape: tuple[int, ...], *, seed: int, deviation: float) -> Tensor:
@@ -26,10 +29,14 @@ def initial_tensor(name: str, shape: tuple[int, ...], *, seed: int, deviation: f
 
 def initialise_(stage: MegatronBertStage, *, seed: int) -> None:
     """Fill every parameter of ``stage``; the row of [PAD] in the word embeddings is zero."""
-    shape = stage.shape
+    initialise_parts_(((part, part.view(part.parameter)) for part in stage.parts()), stage.shape, seed=seed)
+
+
+def initialise_parts_(held: Iterable[tuple[Part, Tensor]], shape: ModelShape, *, seed: int) -> None:
+    """Fill tensors, each of the local shape of its part."""
     with torch.no_grad():
-        for part in stage.parts():
+        for part, target in held:
             whole = initial_tensor(part.source, part.shape, seed=seed, deviation=shape.initializer_range)
             if part.source == "bert.embeddings.word_embeddings.weight":
                 whole[shape.pad_token_id] = 0
-            part.view(part.parameter).copy_(part.cut(whole))
+            target.copy_(part.cut(whole))

@@ -11,6 +11,7 @@ from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_bert_tp.parallel.mesh import Axis
 from megatron_bert_tp.parallel.random_bits import Place, RandomBits, dropout_add
+from megatron_bert_tp.parallel.replicated import LayerNorm
 
 
 class Intermediate(nn.Module):
@@ -56,7 +57,7 @@ class Layer(nn.Module):
         self.attention = AttentionBlock(shape, number, is_cross=False, axis=axis, dtype=dtype)
         if shape.add_cross_attention:
             self.crossattention = AttentionBlock(shape, number, is_cross=True, axis=axis, dtype=dtype)
-        self.ln = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps, dtype=dtype)
+        self.ln = LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps, dtype=dtype)
         self.intermediate = Intermediate(shape, axis=axis, dtype=dtype)
         self.output = Output(shape, number, axis=axis, dtype=dtype)
 

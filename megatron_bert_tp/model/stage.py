@@ -12,12 +12,23 @@ from megatron_bert_tp.model.embeddings import Embeddings
 from megatron_bert_tp.model.encoder import Encoder
 from megatron_bert_tp.model.heads import LanguageHeads, Pooler, classify
 from megatron_bert_tp.model.masks import self_attention_mask
+from megatron_bert_tp.model.recompute import Recompute
 from megatron_bert_tp.model.segments import Segments
 from megatron_bert_tp.model.shape import PRETRAINING, Head, ModelShape, tied_names
+from megatron_bert_tp.parallel.embedding import VocabParallelEmbedding
 from megatron_bert_tp.parallel.gradients import TiedWeight
+from megatron_bert_tp.parallel.linear import (
+    ColumnParallelLinear,
+    ParallelLinear,
+    QueryKeyValueLinear,
+    RowParallelLinear,
+)
 from megatron_bert_tp.parallel.mesh import Axis
+from megatron_bert_tp.parallel.narrow import is_narrow
 from megatron_bert_tp.parallel.random_bits import RandomBits
 from megatron_bert_tp.parallel.sharding import Part, parts
+from megatron_bert_tp.parallel.token_runs import TokenRuns
+from megatron_bert_tp.parallel.weight_gradients import WeightGradients
 from megatron_bert_tp.pipeline.partition import StagePlan
 
 
@@ -61,18 +72,27 @@ class PretrainingLogits:
 
 
 Output = Tensor | PretrainingLogits
+SplitsSequence = ColumnParallelLinear | QueryKeyValueLinear | RowParallelLinear | VocabParallelEmbedding
+"""Layers that change between the tokens of a rank and all tokens."""
 
 
 class Trunk(nn.Module):
     """What Hugging Face's prefix ``bert`` holds: embeddings, encoder, pooler, as plan and head have them."""
 
     def __init__(
-        self, shape: ModelShape, plan: StagePlan, *, has_pooler: bool, axis: Axis, dtype: torch.dtype
+        self,
+        shape: ModelShape,
+        plan: StagePlan,
+        *,
+        has_pooler: bool,
+        axis: Axis,
+        dtype: torch.dtype,
+        recompute: Recompute | None = None,
     ) -> None:
         super().__init__()
         if plan.is_first:
             self.embeddings = Embeddings(shape, axis=axis, dtype=dtype)
-        self.encoder = Encoder(shape, plan, axis=axis, dtype=dtype)
+        self.encoder = Encoder(shape, plan, axis=axis, dtype=dtype, recompute=recompute)
         if plan.is_last and has_pooler:
             self.pooler = Pooler(shape.hidden_size, dtype=dtype)
 
@@ -81,7 +101,10 @@ class MegatronBertStage(nn.Module):
     """One pipeline stage of any model of the family, which ``head`` decides.
 
     ``seed`` names the dropout bits; in evaluation mode there is no dropout.  Parameters start at zero
-    (LayerNorms at one): call `model.initialisation.initialise_` or load weights.
+    (LayerNorms at one): call `model.initialisation.initialise_` or load weights.  With ``splits_sequence`` the
+    tensor ranks share out the tokens between the sharded products (Korthikanti et al. 2022), and gradients of
+    parts that are ``over_sequence`` are sums over the own tokens.  ``weight_gradients`` can put off those of the
+    linear layers that are split over the axis.
     """
 
     def __init__(
@@ -93,21 +116,44 @@ class MegatronBertStage(nn.Module):
         head: Head = PRETRAINING,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        splits_sequence: bool = False,
+        recompute: Recompute | None = None,
     ) -> None:
         super().__init__()
-        if shape.add_cross_attention and not (plan.is_first and plan.is_last):
+        self.shape, self.plan, self.head, self.seed, self.dtype = shape, plan, head, seed, dtype
+        self.axis, self.splits_sequence = axis, splits_sequence and axis.size > 1
+        self._check_cross_attention()
+        self.bert = Trunk(
+            shape, plan, has_pooler=head.has_pooler, axis=axis, dtype=dtype, recompute=recompute
+        )
+        if plan.is_last:
+            self._add_head()
+        self.weight_gradients = WeightGradients()
+        self._set_up_layers()
+        if plan.is_first and plan.is_last and tied_names(shape, head):
+            # One storage, two leaves: the two gradients stay apart, as they do on two stages.
+            self.cls.predictions.decoder.weight.data = self.bert.embeddings.word_embeddings.weight.data
+
+    def _check_cross_attention(self) -> None:
+        if not self.shape.add_cross_attention:
+            return
+        if not (self.plan.is_first and self.plan.is_last):
             raise LayoutError(
                 "cross-attention reads the encoder's states in every layer, and a pipeline sends only the "
                 "decoder's from stage to stage; use a pipeline size of 1, and more tensor ranks if memory is short"
             )
-        self.shape, self.plan, self.head, self.seed, self.dtype = shape, plan, head, seed, dtype
-        self.axis = axis
-        self.bert = Trunk(shape, plan, has_pooler=head.has_pooler, axis=axis, dtype=dtype)
-        if plan.is_last:
-            self._add_head()
-        if plan.is_first and plan.is_last and tied_names(shape, head):
-            # One storage, two leaves: the two gradients stay apart, as they do on two stages.
-            self.cls.predictions.decoder.weight.data = self.bert.embeddings.word_embeddings.weight.data
+        if self.splits_sequence:
+            raise LayoutError(
+                "cross-attention reads the encoder's states whole, and sequence parallelism splits the tokens over"
+                f" the tensor ranks ({self.axis.size}); turn it off, or use a model without add_cross_attention"
+            )
+
+    def _set_up_layers(self) -> None:
+        for layer in self.modules():
+            if isinstance(layer, ParallelLinear):
+                layer.weight_gradients = self.weight_gradients
+            if isinstance(layer, SplitsSequence):
+                layer.splits_sequence = self.splits_sequence
 
     def _add_head(self) -> None:
         shape, head = self.shape, self.head
@@ -118,49 +164,63 @@ class MegatronBertStage(nn.Module):
             self.add_module(head.linear, linear)
 
     def forward(self, received: Tensor | None, batch: StageInput) -> Output:
-        """Hidden states ``[batch, sequence, hidden]`` from the stage before (None on the first) to the next's.
+        """Hidden states of the shape `boundary_shape` from the stage before (None on the first) to the next's.
 
         The last stage gives what its head computes: `PretrainingLogits`; this rank's logits ``[masked, share]`` at
         the masked positions; ``[batch, classes]``; ``[batch, sequence, classes]``; or the hidden states.
         """
         bits = RandomBits(self.seed, batch.sample_numbers, batch.packed_lengths) if self.training else None
+        context = self._context(batch, bits)
         if received is None:
-            received = self.bert.embeddings(
-                batch.input_ids, batch.token_type_ids, bits, position_ids=batch.position_ids
-            )
-        context = Context(
-            mask=self._mask(batch, received), bits=bits, segments=self._segments(batch, received)
-        )
+            received = self._embedded(batch, context)
         hidden: Tensor = self.bert.encoder(received, context).hidden
-        return self._output(hidden, batch, context) if self.plan.is_last else hidden
+        return self._output(hidden, batch, context, bits) if self.plan.is_last else hidden
 
-    def _segments(self, batch: StageInput, hidden: Tensor) -> Segments | None:
-        if batch.packed_lengths is None:
-            return None
-        return Segments.of(batch.packed_lengths, is_causal=self.shape.is_decoder, like=hidden)
-
-    def _mask(self, batch: StageInput, hidden: Tensor) -> Tensor | None:
-        length = hidden.shape[1]
-        return self_attention_mask(
-            batch.attention_mask, queries=length, keys=length, is_causal=self.shape.is_decoder, like=hidden
+    def _context(self, batch: StageInput, bits: RandomBits | None) -> Context:
+        """What all layers read: masks, segments, dropout bits of the hidden states that this rank has."""
+        num_samples, sequence = batch.input_ids.shape
+        is_causal, like = self.shape.is_decoder, self._like(batch)
+        mask = self_attention_mask(
+            batch.attention_mask, queries=sequence, keys=sequence, is_causal=is_causal, like=like
         )
+        lengths = batch.packed_lengths
+        segments = None if lengths is None else Segments.of(lengths, is_causal=is_causal, like=like)
+        if not self.splits_sequence:
+            return Context(mask=mask, bits=bits, segments=segments)
+        tokens = TokenRuns(num_samples, sequence, self.axis)
+        own_bits = None if bits is None else bits.of_run(tokens.own, sequence=sequence)
+        return Context(mask=mask, bits=own_bits, segments=segments, tokens=tokens)
 
-    def _output(self, hidden: Tensor, batch: StageInput, context: Context) -> Output:
-        if self.head.linear and not self.head.has_pooler:
-            return self.logits_of_classes(hidden, context.bits)
-        samples = context.of_samples(hidden)
-        if self.head.linear:
-            bits = None if context.bits is None else context.bits.of_samples()
-            return self.logits_of_classes(self.bert.pooler(samples), bits)
-        if not self.head.has_predictions:
-            return self._next_sentence(samples) if self.head.has_next_sentence else hidden
-        rows = hidden.flatten(0, 1).index_select(0, cast(MaskedInput, batch).masked_positions)
+    def _like(self, batch: StageInput) -> Tensor:
+        """An empty tensor with the microbatch's rows and positions, and the model's number format and device."""
+        return next(self.parameters()).new_empty((*batch.input_ids.shape, 0))
+
+    def _embedded(self, batch: StageInput, context: Context) -> Tensor:
+        given = batch.input_ids, batch.token_type_ids, context.bits
+        embeddings: Embeddings = self.bert.embeddings
+        if context.tokens is not None:
+            return embeddings.of_run(*given, tokens=context.tokens, position_ids=batch.position_ids)
+        embedded: Tensor = embeddings(*given, position_ids=batch.position_ids)
+        return embedded
+
+    def _output(self, hidden: Tensor, batch: StageInput, context: Context, bits: RandomBits | None) -> Output:
+        head = self.head
+        if not (head.has_predictions or head.has_next_sentence or (head.linear and head.has_pooler)):
+            whole = context.whole(hidden)
+            return _widened(self.logits_of_classes(whole, bits)) if head.linear else whole
+        positions = cast(MaskedInput, batch).masked_positions if head.has_predictions else None
+        rows, samples = context.rows_of_heads(hidden, positions, has_samples=head.has_pooler)
+        if head.linear:
+            bits = None if bits is None else bits.of_samples()
+            return _widened(self.logits_of_classes(self.bert.pooler(samples), bits))
+        if not head.has_predictions:
+            return self._next_sentence(samples)
         masked: Tensor = self.cls.predictions(rows)
-        return PretrainingLogits(masked, self._next_sentence(samples)) if self.head.has_next_sentence else masked
+        return PretrainingLogits(masked, self._next_sentence(samples)) if head.has_next_sentence else masked
 
     def _next_sentence(self, samples: Tensor) -> Tensor:
         logits: Tensor = self.cls.seq_relationship(self.bert.pooler(samples))
-        return logits
+        return _widened(logits)
 
     def logits_of_classes(self, states: Tensor, bits: RandomBits | None) -> Tensor:
         """Dropout and the linear layer of the head on pooled ``[batch, hidden]`` or all positions' states."""
@@ -169,8 +229,13 @@ class MegatronBertStage(nn.Module):
         return classify(self.get_submodule(self.head.linear), states, bits, probability)
 
     def boundary_shape(self, batch: StageInput) -> tuple[int, int, int]:
-        """Shape ``[batch, sequence, hidden]`` of what one stage sends to the next for this microbatch."""
+        """Shape of what one stage sends to the next for this microbatch.
+
+        ``[batch, sequence, hidden]``; ``[1, tokens / size, hidden]``, rounded up, where the sequence is split.
+        """
         num_samples, sequence = batch.input_ids.shape
+        if self.splits_sequence:
+            return 1, TokenRuns(num_samples, sequence, self.axis).length, self.shape.hidden_size
         return num_samples, sequence, self.shape.hidden_size
 
     def parts(self) -> list[Part]:
@@ -200,3 +265,8 @@ class MegatronBertStage(nn.Module):
         """Parts of `trained_parameters`: those that have moments in an optimizer."""
         trained = {id(parameter) for parameter in self.trained_parameters().values()}
         return [part for part in self.parts() if id(part.parameter) in trained]
+
+
+def _widened(logits: Tensor) -> Tensor:
+    """Logits of few classes in float32 where the model's format is narrower, for the loss."""
+    return logits.float() if is_narrow(logits) else logits

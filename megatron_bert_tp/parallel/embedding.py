@@ -3,11 +3,11 @@
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_bert_tp.parallel.collectives import reduce_from
+from megatron_bert_tp.parallel.collectives import reduce_from, scatter_sum_to
 from megatron_bert_tp.parallel.mesh import Axis
+from megatron_bert_tp.parallel.narrow import look_up
 from megatron_bert_tp.parallel.sharding import Sharding, padded_share
 
 
@@ -16,10 +16,13 @@ class VocabParallelEmbedding(nn.Module):
 
     A rank looks up the ids that it owns and gives zeros for the others; one all-reduce adds them.  Ids
     ``[...]`` int64, output ``[..., features]``, equal on all ranks.  The row ``padding_idx`` gets no gradient
-    from the lookup, as in Hugging Face; rows past ``num_rows`` are padding and never read.
+    from the lookup, as in Hugging Face; rows past ``num_rows`` are padding and never read.  With
+    ``splits_sequence`` ids ``[1, tokens]`` give this rank's run ``[1, tokens / size, features]``: a reduce-scatter
+    in the place of the all-reduce, and backward an all-gather.
     """
 
     SHARDINGS: ClassVar[dict[str, Sharding]] = {"weight": Sharding(dim=0)}
+    splits_sequence = False
 
     def __init__(
         self, num_rows: int, features: int, *, axis: Axis, dtype: torch.dtype, padding_idx: int | None = None
@@ -40,8 +43,9 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """``[...]`` ids to ``[..., features]``."""
         if self.axis.size == 1:
-            return F.embedding(ids, self.weight, padding_idx=self._padding_row)
+            return look_up(ids, self.weight, padding_idx=self._padding_row)
         rows = ids - self.first_row
         elsewhere = (rows < 0) | (rows >= self.share)
-        found = F.embedding(rows.masked_fill(elsewhere, 0), self.weight, padding_idx=self._padding_row)
-        return reduce_from(found.masked_fill(elsewhere.unsqueeze(-1), 0), self.axis)
+        found = look_up(rows.masked_fill(elsewhere, 0), self.weight, padding_idx=self._padding_row)
+        found = found.masked_fill(elsewhere.unsqueeze(-1), 0)
+        return scatter_sum_to(found[0], self.axis)[None] if self.splits_sequence else reduce_from(found, self.axis)

@@ -1,67 +1,26 @@
-"""Linear layers whose weights are split over the tensor axis (Shoeybi et al. 2019, section 3)."""
+"""Linear layers whose weights are split over the tensor axis (Shoeybi et al. 2019, section 3).
+
+What a layer has beside its weights is set by whoever puts layers together: ``weight_gradients``, with which the
+gradients of weight and bias can be put off, and ``splits_sequence``, for hidden states of which each rank has
+its own tokens ``[1, tokens / size, hidden]`` (Korthikanti et al. 2022).
+"""
 
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_bert_tp.errors import LayoutError
-from megatron_bert_tp.parallel.collectives import start_sum_over_, sum_over_
 from megatron_bert_tp.parallel.mesh import Axis
+from megatron_bert_tp.parallel.products import (
+    ColumnProduct,
+    GatheredColumnProduct,
+    RowProduct,
+    ScatteredRowProduct,
+)
 from megatron_bert_tp.parallel.sharding import Sharding, padded_share
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-class _ColumnProduct(torch.autograd.Function):
-    """``x W^T + b`` whose backward adds the input gradient over the axis while it multiplies the weights'."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.axis, ctx.has_bias = axis, bias is not None
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        grad = _flat(grads[0])
-        # Under autocast the product, and so its gradient, has another number format than what went in.
-        grad_x = grad.matmul(weight.to(grad.dtype)).view(x.shape)
-        summing = start_sum_over_(grad_x, ctx.axis)
-        grad_weight = grad.t().matmul(_flat(x).to(grad.dtype)).to(weight.dtype)
-        grad_bias = grad.sum(0).to(weight.dtype) if ctx.has_bias else None
-        if summing is not None:
-            summing.wait()
-        return grad_x.to(x.dtype), grad_weight, grad_bias, None
-
-
-class _RowProduct(torch.autograd.Function):
-    """``sum_r x_r W_r^T + b``: the all-reduce is in the forward, the backward needs no message."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, axis: Axis) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        if axis.size == 1:
-            return F.linear(x, weight, bias)
-        # Bias after the all-reduce: inside it, every rank would add it once.
-        return _add_bias_(sum_over_(F.linear(x, weight), axis), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        grad = _flat(grads[0])
-        grad_x = grad.matmul(weight.to(grad.dtype)).view(x.shape).to(x.dtype)
-        grad_weight = grad.t().matmul(_flat(x).to(grad.dtype)).to(weight.dtype)
-        return grad_x, grad_weight, grad.sum(0).to(weight.dtype), None
-
-
-def _add_bias_(product: Tensor, bias: Tensor) -> Tensor:
-    return product.add_(bias.to(product.dtype))
+from megatron_bert_tp.parallel.weight_gradients import WeightGradients
 
 
 def share_of(features: int, axis: Axis, what: str) -> int:
@@ -80,9 +39,12 @@ class ColumnParallelLinear(nn.Module):
 
     ``Y_r = X A_r + b_r``: input ``[..., in]``, equal on all ranks, output ``[..., out / size]``.  The backward
     adds the input gradients of all ranks with one all-reduce, hidden behind the weight gradient's product.
+    Where the sequence is split, the input ``[1, tokens / size, in]`` is gathered to ``[1, tokens, out / size]``.
     """
 
     SHARDINGS: ClassVar[dict[str, Sharding]] = {"weight": Sharding(dim=0), "bias": Sharding(dim=0)}
+    weight_gradients: WeightGradients | None = None
+    splits_sequence = False
 
     def __init__(
         self, in_features: int, out_features: int, *, axis: Axis, dtype: torch.dtype, what: str = "out_features"
@@ -97,7 +59,8 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to this rank's ``[..., out / size]``."""
-        product: Tensor = _ColumnProduct.apply(x, self.weight, self.bias, self.axis)
+        kind = GatheredColumnProduct if self.splits_sequence else ColumnProduct
+        product: Tensor = kind.apply(x, self.weight, self.bias, self.axis, self.weight_gradients)
         return product
 
 
@@ -113,6 +76,8 @@ class QueryKeyValueLinear(nn.Module):
         "weight": Sharding(dim=0, blocks=BLOCKS),
         "bias": Sharding(dim=0, blocks=BLOCKS),
     }
+    weight_gradients: WeightGradients | None = None
+    splits_sequence = False
 
     def __init__(self, in_features: int, out_features: int, *, axis: Axis, dtype: torch.dtype) -> None:
         super().__init__()
@@ -125,7 +90,8 @@ class QueryKeyValueLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to this rank's ``[..., 3 * out / size]``."""
-        product: Tensor = _ColumnProduct.apply(x, self.weight, self.bias, self.axis)
+        kind = GatheredColumnProduct if self.splits_sequence else ColumnProduct
+        product: Tensor = kind.apply(x, self.weight, self.bias, self.axis, self.weight_gradients)
         return product
 
 
@@ -161,10 +127,16 @@ class RowParallelLinear(nn.Module):
     """Linear layer whose input features are split over the tensor axis.
 
     ``Y = sum_r X_r A_r + b``: each rank multiplies its part, one all-reduce adds them.  Input
-    ``[..., in / size]``, output ``[..., out]``, equal on all ranks.
+    ``[..., in / size]``, output ``[..., out]``, equal on all ranks.  Where the sequence is split, the sum of
+    ``[1, tokens, in / size]`` is scattered to ``[1, tokens / size, out]`` and the bias is added to that.
     """
 
-    SHARDINGS: ClassVar[dict[str, Sharding]] = {"weight": Sharding(dim=1)}
+    SHARDINGS: ClassVar[dict[str, Sharding]] = {
+        "weight": Sharding(dim=1),
+        "bias": Sharding(over_sequence=True),
+    }
+    weight_gradients: WeightGradients | None = None
+    splits_sequence = False
 
     def __init__(self, in_features: int, out_features: int, *, axis: Axis, dtype: torch.dtype) -> None:
         super().__init__()
@@ -176,7 +148,8 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """This rank's ``[..., in / size]`` to ``[..., out]``, equal on all ranks."""
-        product: Tensor = _RowProduct.apply(x, self.weight, self.bias, self.axis)
+        kind = ScatteredRowProduct if self.splits_sequence else RowProduct
+        product: Tensor = kind.apply(x, self.weight, self.bias, self.axis, self.weight_gradients)
         return product
 
 
@@ -189,6 +162,7 @@ class VocabParallelProjection(nn.Module):
     """
 
     SHARDINGS: ClassVar[dict[str, Sharding]] = {"weight": Sharding(dim=0)}
+    weight_gradients: WeightGradients | None = None
 
     def __init__(self, in_features: int, num_rows: int, *, axis: Axis, dtype: torch.dtype) -> None:
         super().__init__()
@@ -198,5 +172,9 @@ class VocabParallelProjection(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """``[..., in]`` to this rank's ``[..., share]``; ``bias`` is ``[share]``."""
-        product: Tensor = _ColumnProduct.apply(x, self.weight, bias, self.axis)
+        product: Tensor = ColumnProduct.apply(x, self.weight, bias, self.axis, self.weight_gradients)
         return product
+
+
+ParallelLinear = ColumnParallelLinear | QueryKeyValueLinear | RowParallelLinear | VocabParallelProjection
+"""All layers whose weight gradients can be put off."""

@@ -14,6 +14,9 @@ import torch.distributed as dist
 
 from megatron_bert_tp.errors import LayoutError
 
+_AXES = ("tensor", "data", "pipeline", "tied", "upstream")
+"""In the order in which all ranks make their communicators."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -65,14 +68,21 @@ class Axis:
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Sizes of the mesh, and which global ranks form each line of it (pure arithmetic)."""
+    """Sizes of the mesh, and which global ranks form each line of it (pure arithmetic).
+
+    ``ends`` are the places on the pipeline axis that hold the first and the last stage, ascending; where none
+    are given, the outermost.
+    """
 
     pipeline: int
     data: int
     tensor: int
+    ends: tuple[int, ...] = ()
 
     @classmethod
-    def of_world(cls, world_size: int, *, tensor: int, pipeline: int) -> "MeshShape":
+    def of_world(
+        cls, world_size: int, *, tensor: int, pipeline: int, ends: tuple[int, ...] = ()
+    ) -> "MeshShape":
         """Shape in which data takes what tensor x pipeline leaves of ``world_size``.
 
         Raises `LayoutError` when it does not divide.
@@ -83,7 +93,7 @@ class MeshShape:
                 f"world size ({world_size}) must be a multiple of tensor x pipeline ({tensor} x {pipeline} = "
                 f"{replica}); start {replica} processes or a multiple of it"
             )
-        return cls(pipeline=pipeline, data=world_size // replica, tensor=tensor)
+        return cls(pipeline=pipeline, data=world_size // replica, tensor=tensor, ends=ends)
 
     def rank_at(self, pipeline: int, data: int, tensor: int) -> int:
         """Global rank of one place in the mesh."""
@@ -102,26 +112,33 @@ class MeshShape:
             yield from (tuple(self.rank_at(p, d, t) for t in shards) for p in stages for d in replicas)
         elif name == "data":
             yield from (tuple(self.rank_at(p, d, t) for d in replicas) for p in stages for t in shards)
-        elif name == "pipeline":
+        elif name in ("pipeline", "upstream"):
             yield from (tuple(self.rank_at(p, d, t) for p in stages) for d in replicas for t in shards)
         else:
-            ends = sorted({0, self.pipeline - 1})
+            ends = self.ends or sorted({0, self.pipeline - 1})
             yield from (tuple(self.rank_at(p, d, t) for p in ends) for d in replicas for t in shards)
 
 
 @dataclass(frozen=True)
 class ParallelMesh:
-    """The four axes through one rank; ``tied`` joins the stages that hold a copy of the word embeddings."""
+    """The axes through one rank.
+
+    ``tied`` joins the stages that hold a copy of the word embeddings.  ``upstream`` has the ranks of ``pipeline``
+    and a communicator of its own, for messages to ranks with a lower place.  NCCL works off the messages between
+    two ranks of a communicator in one queue: a receive that waits would hold up the send behind it, and for ever
+    if the other side waits for that.
+    """
 
     data: Axis
     pipeline: Axis
     tensor: Axis
     tied: Axis
+    upstream: Axis
 
     @classmethod
     def alone(cls) -> "ParallelMesh":
         """Mesh of one process without any process group."""
-        return cls(*(Axis.alone(name) for name in ("data", "pipeline", "tensor", "tied")))
+        return cls(**{name: Axis.alone(name) for name in _AXES})
 
     @property
     def is_first(self) -> bool:
@@ -135,9 +152,7 @@ class ParallelMesh:
         All ranks make all groups in the same order, also those that they are not part of: this is what
         ``torch.distributed`` demands, and a rank that skipped one would hang the others.
         """
-        names = ("tensor", "data", "pipeline", "tied")
-        axes = {name: _own_axis(name, shape, rank=rank, timeout=timeout) for name in names}
-        return cls(**axes)
+        return cls(**{name: _own_axis(name, shape, rank=rank, timeout=timeout) for name in _AXES})
 
 
 def _own_axis(name: str, shape: MeshShape, *, rank: int, timeout: timedelta) -> Axis:

@@ -8,7 +8,7 @@ read as a signed number, is at least ``round(p * 65536) - 32768``.  Elements are
 positions, never the padded length of a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, cast
@@ -35,15 +35,25 @@ class Place(IntEnum):
 
 
 @dataclass(frozen=True)
+class TokenRun:
+    """Some of the ``batch x sequence`` tokens of a microbatch, by their flat indices; beyond it is padding."""
+
+    tokens: range
+    sequence: int
+
+
+@dataclass(frozen=True)
 class RandomBits:
     """The random bits of one microbatch; ``samples`` are sample numbers counted over all epochs.
 
     Without ``lengths`` each sample is a row.  With them, the samples stand one behind another in a single row.
+    With a ``run``, hidden states are those of a few tokens; attention has all.
     """
 
     seed: int
     samples: tuple[int, ...]
     lengths: tuple[int, ...] | None = None
+    run: TokenRun | None = None
     _generator: np.random.Philox = field(default_factory=lambda: np.random.Philox(key=0), compare=False)
 
     def lanes(self, sample: int, *, layer: int, place: Place, start: int, count: int) -> NDArray[np.int16]:
@@ -61,25 +71,43 @@ class RandomBits:
     def hidden(self, layer: int, place: Place, *, positions: int, features: int) -> Tensor:
         """Lanes ``[rows, positions, features]`` for hidden states; element = position x features + feature.
 
-        The position is that in the sample.  Those of a packed row that belong to no sample are kept.
+        The position is that in the sample.  Those that belong to no sample, in a packed row or at the end of a
+        run, are kept.  With a run there is one row of as many positions as it has tokens.
         """
-        if self.lengths is None:
-            lengths, num_rows = (positions,) * len(self.samples), len(self.samples)
-        else:
-            lengths, num_rows = self.lengths, 1
-        drawn = np.empty((num_rows * positions, features), dtype=np.int16)
+        num_rows = len(self.samples) if self.lengths is None and self.run is None else 1
+        run = self.run or TokenRun(range(num_rows * positions), positions)
+        assert len(run.tokens) == num_rows * positions, "hidden states of other tokens than those of the run"
+        drawn = np.empty((len(run.tokens), features), dtype=np.int16)
         end = 0
-        for sample, length in zip(self.samples, lengths, strict=True):
-            lanes = self.lanes(sample, layer=layer, place=place, start=0, count=length * features)
-            drawn[end : end + length] = lanes.reshape(length, features)
-            end += length
+        for sample, own, first in self._samples_of(run):
+            lanes = self.lanes(
+                sample, layer=layer, place=place, start=first * features, count=len(own) * features
+            )
+            drawn[own.start : own.stop] = lanes.reshape(len(own), features)
+            end = own.stop
         drawn[end:] = np.iinfo(np.int16).max
         return torch.from_numpy(drawn).view(num_rows, positions, features)
+
+    def _samples_of(self, run: TokenRun) -> Iterator[tuple[int, range, int]]:
+        """Number of each sample with tokens in ``run``, their places in it, and the position of the first."""
+        first = run.tokens.start
+        begin = 0
+        for sample, length in zip(
+            self.samples, self.lengths or (run.sequence,) * len(self.samples), strict=True
+        ):
+            start, stop = max(begin, first), min(begin + length, run.tokens.stop)
+            if start < stop:
+                yield sample, range(start - first, stop - first), start - begin
+            begin += length
 
     def of_samples(self, places: Sequence[int] | None = None) -> "RandomBits":
         """The bits of the samples at ``places`` (all of them by default), each a row of its own."""
         samples = self.samples if places is None else tuple(self.samples[place] for place in places)
-        return replace(self, samples=samples, lengths=None)
+        return replace(self, samples=samples, lengths=None, run=None)
+
+    def of_run(self, tokens: range, *, sequence: int) -> "RandomBits":
+        """The same bits for the hidden states ``[1, tokens, hidden]`` of some flat indices in batch x sequence."""
+        return replace(self, run=TokenRun(tokens, sequence))
 
     def attention(
         self,
@@ -141,9 +169,12 @@ def _num_dropped(probability: float) -> int:
     return dropped
 
 
-def scaled_mask(mask: Tensor, probability: float, dtype: torch.dtype) -> Tensor:
-    """The factor of dropout: 0, or 1 / (1 - p), in ``dtype``; the caller may overwrite it."""
-    return mask.to(dtype).mul_(1 / (1 - dropped_share(probability)))
+def dropped(x: Tensor, mask: Tensor, probability: float) -> Tensor:
+    """``x`` where ``mask`` is 1, times 1 / (1 - p); a new tensor.
+
+    The scale comes last: rounded to 16 bits by itself, it would be off by 0.2% for all elements alike.
+    """
+    return mask.to(x.dtype).mul_(x).mul_(1 / (1 - dropped_share(probability)))
 
 
 class _DropoutAdd(torch.autograd.Function):
@@ -151,16 +182,16 @@ class _DropoutAdd(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, mask: Tensor, probability: float) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.probability, ctx.dtype = probability, x.dtype
-        dropped = scaled_mask(mask, probability, x.dtype).mul_(x)
+        kept = dropped(x, mask, probability)
         if residual is None:
-            return dropped
+            return kept
         # Under autocast the residual is float32 and x is not; the sum keeps the wider format.
-        return dropped.add_(residual) if residual.dtype == x.dtype else residual + dropped
+        return kept.add_(residual) if residual.dtype == x.dtype else residual + kept
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (mask,) = ctx.saved_tensors
-        grad = scaled_mask(mask, ctx.probability, grads[0].dtype).mul_(grads[0]).to(ctx.dtype)
+        grad = dropped(grads[0], mask, ctx.probability).to(ctx.dtype)
         return grad, grads[0] if ctx.needs_input_grad[1] else None, None, None
 
 

@@ -32,8 +32,9 @@ class Part:
     """The rectangle of one named tensor that this rank holds, and where it lies in a parameter.
 
     ``shape`` is the whole tensor without padding, split over ``axis`` along ``dim``; the rectangle has the size
-    ``local_shape`` and begins at ``offsets`` in it, and at ``row`` of the parameter's dim 0.  ``alias_of`` names
-    the tensor of which this is a second copy (tied embeddings); ``over_sequence`` is that of `Sharding`.
+    ``local_shape`` and begins at ``offsets`` in it, and at ``row`` of the parameter's dim 0.  ``most_rows`` is
+    what the fullest rank of the axis holds of dim 0.  ``alias_of`` names the tensor of which this is a second
+    copy (tied embeddings); ``over_sequence`` is that of `Sharding`.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Part:
     local_shape: tuple[int, ...]
     dim: int | None
     row: int
+    most_rows: int
     axis: Axis
     alias_of: str | None = None
     over_sequence: bool = False
@@ -69,14 +71,18 @@ class Part:
             whole = whole.narrow(dim, start, size)
         return whole
 
+    def rows_of_owner(self, num_owners: int) -> int:
+        """Rows of one owner when they are shared out: the same on every rank of the axis."""
+        return -(-self.most_rows // num_owners)
+
     def owned_by(self, owner: int, num_owners: int) -> "Part":
         """The rows of the rectangle for which one of ``num_owners`` answers, in even shares but for the last.
 
         Owner ``r`` has the rows ``r * ceil(n / num_owners)`` to ``(r + 1) * ceil(n / num_owners)`` of ``n``, as
-        far as there are so many: the last owners may have fewer, or none.
+        far as there are so many here: the last owners may have fewer, or none.
         """
         num_rows, *others = self.local_shape
-        share = -(-num_rows // num_owners)
+        share = self.rows_of_owner(num_owners)
         first = min(owner * share, num_rows)
         rows = min(share, num_rows - first)
         offsets = (self.offsets[0] + first, *self.offsets[1:])
@@ -120,6 +126,7 @@ def _parts_of_layer(path: str, layer: nn.Module, axis: Axis, aliases: Mapping[st
                 local_shape,
                 dim=sharding.dim,
                 row=index * rows,
+                most_rows=min(rows, shape[0]),
                 axis=axis,
                 alias_of=aliases.get(name),
                 over_sequence=sharding.over_sequence,

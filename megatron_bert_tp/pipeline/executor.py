@@ -11,9 +11,21 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron_bert_tp.parallel.mesh import Axis
-from megatron_bert_tp.pipeline.schedule import Await, Compute, Launch, Phase, Program, Transfer
+from megatron_bert_tp.parallel.weight_gradients import WeightGradients, Work
+from megatron_bert_tp.pipeline.instructions import (
+    Await,
+    Compute,
+    Launch,
+    Phase,
+    Program,
+    Transfer,
+    input_transfer,
+    output_transfer,
+)
+from megatron_bert_tp.pipeline.placement import Placement
 
 BatchT = TypeVar("BatchT")
 ContraBatchT = TypeVar("ContraBatchT", contravariant=True)
@@ -23,6 +35,7 @@ class Stage(Protocol[ContraBatchT]):
     """A part of the model: hidden states of the stage before (None on the first) to its own output."""
 
     dtype: torch.dtype
+    weight_gradients: WeightGradients
 
     def __call__(self, received: Tensor | None, batch: ContraBatchT) -> Any:
         """Output of this stage: hidden states, or on the last stage whatever the criterion reads."""
@@ -35,101 +48,134 @@ Criterion = Callable[[Any, BatchT], tuple[Tensor, Tensor]]
 """Last stage's output and its microbatch to (loss to differentiate, statistics to report)."""
 
 
+@dataclass(frozen=True)
+class _Alive:
+    """What a backward needs of its forward: the leaf that was received, and the place in the graph to begin at.
+
+    The output itself is not here: the stage that gets it has its own copy.  ``grad`` is the gradient of a loss,
+    which nobody sends.
+    """
+
+    received: Tensor | None
+    output: GradientEdge
+    grad: Tensor | None = None
+
+
 @dataclass
 class _Flight(Generic[BatchT]):
     """What one run holds: tensors between their making and their last use."""
 
     batches: Sequence[BatchT]
     trains: bool
+    loss_scale: float
     received: dict[Transfer, Tensor] = field(default_factory=dict)
     outgoing: dict[Transfer, Tensor] = field(default_factory=dict)
     works: dict[Transfer, dist.Work] = field(default_factory=dict)
-    alive: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    alive: dict[tuple[int, int], _Alive] = field(default_factory=dict)
+    deferred: dict[tuple[int, int], list[Work]] = field(default_factory=dict)
     statistics: list[Tensor] = field(default_factory=list)
 
 
 class Executor(Generic[BatchT]):
-    """Runs programs on one rank of the pipeline axis."""
+    """Runs programs on one rank of the pipeline axis, which holds ``stages``, one for each of its chunks.
+
+    Messages to a higher place on ``axis`` go through its communicator, those to a lower one through that of
+    ``upstream``.
+    """
 
     def __init__(
-        self, stage: Stage[BatchT], criterion: Criterion[BatchT], *, axis: Axis, device: torch.device
+        self,
+        stages: Sequence[Stage[BatchT]],
+        criterion: Criterion[BatchT],
+        *,
+        placement: Placement,
+        axis: Axis,
+        upstream: Axis,
+        device: torch.device,
     ) -> None:
-        self._stage, self._criterion, self._axis, self._device = stage, criterion, axis, device
+        self._stages, self._criterion, self._placement = stages, criterion, placement
+        self._axis, self._upstream, self._device = axis, upstream, device
 
-    def run(self, program: Program, batches: Sequence[BatchT]) -> list[Tensor]:
-        """Walk ``program`` over the microbatches; gradients add up in the parameters.
+    def run(self, program: Program, batches: Sequence[BatchT], *, loss_scale: float = 1.0) -> list[Tensor]:
+        """Walk ``program`` over the microbatches; gradients, times ``loss_scale``, add up in the parameters.
 
         Returns the criterion's statistics, one per microbatch in order, on the last stage; else nothing.
         Without a backward in the program nothing is kept for one.
         """
-        trains = any(isinstance(step, Compute) and step.phase is Phase.BACKWARD for step in program)
-        flight = _Flight(batches, trains)
+        trains = any(isinstance(step, Compute) and step.phase is not Phase.FORWARD for step in program)
+        flight = _Flight(batches, trains, loss_scale)
         with torch.set_grad_enabled(trains):
             for instruction in program:
                 match instruction:
-                    case Compute(Phase.FORWARD, microbatch, chunk):
-                        self._forward(flight, microbatch, chunk)
-                    case Compute(Phase.BACKWARD, microbatch, chunk):
-                        self._backward(flight, microbatch, chunk)
+                    case Compute(Phase.FORWARD):
+                        self._forward(flight, instruction)
+                    case Compute(Phase.WEIGHT_GRADIENT, microbatch, chunk):
+                        for work in flight.deferred.pop((microbatch, chunk)):
+                            work()
+                    case Compute():
+                        self._backward(flight, instruction)
                     case Launch(transfers):
                         self._launch(flight, transfers)
                     case Await(transfers):
                         self._await(flight, transfers)
         return flight.statistics
 
-    def _forward(self, flight: _Flight[BatchT], microbatch: int, chunk: int) -> None:
-        batch = flight.batches[microbatch]
-        received = self._take(flight, Phase.FORWARD, microbatch, chunk, step=1)
+    def _forward(self, flight: _Flight[BatchT], compute: Compute) -> None:
+        batch = flight.batches[compute.microbatch]
+        received = self._take(flight, compute)
         if received is not None and flight.trains:
             received.requires_grad_()
-        output = self._stage(received, batch)
-        if self._axis.is_last:
+        output, grad = self._stages[compute.chunk](received, batch), None
+        if output_transfer(compute, self._axis.rank, self._placement) is None:
             output, statistics = self._criterion(output, batch)
             flight.statistics.append(statistics)
+            grad = torch.full_like(output, flight.loss_scale)
         else:
-            self._send(flight, Phase.FORWARD, microbatch, chunk, step=1, tensor=output.detach())
+            self._hand_on(flight, compute, output.detach())
         if flight.trains:
-            flight.alive[microbatch] = received, output
+            flight.alive[compute.microbatch, compute.chunk] = _Alive(received, get_gradient_edge(output), grad)
 
-    def _backward(self, flight: _Flight[BatchT], microbatch: int, chunk: int) -> None:
-        grad = self._take(flight, Phase.BACKWARD, microbatch, chunk, step=-1)
-        received, output = flight.alive.pop(microbatch)
-        torch.autograd.backward(output, grad)
-        if received is not None:
-            assert received.grad is not None, f"microbatch {microbatch}: the stage does not use what it received"
-            self._send(flight, Phase.BACKWARD, microbatch, chunk, step=-1, tensor=received.grad)
+    def _backward(self, flight: _Flight[BatchT], compute: Compute) -> None:
+        """The joint backward, or the input gradient alone with the weights' products put off."""
+        key = compute.microbatch, compute.chunk
+        alive = flight.alive.pop(key)
+        grad = self._take(flight, compute) if alive.grad is None else alive.grad
+        if compute.phase is Phase.INPUT_GRADIENT:
+            with self._stages[compute.chunk].weight_gradients.put_off() as flight.deferred[key]:
+                torch.autograd.backward(alive.output, grad)
+        else:
+            torch.autograd.backward(alive.output, grad)
+        if alive.received is not None:
+            sent = alive.received.grad
+            assert sent is not None, f"microbatch {compute.microbatch}: the stage does not use what it received"
+            self._hand_on(flight, compute, sent)
 
-    def _take(
-        self, flight: _Flight[BatchT], phase: Phase, microbatch: int, chunk: int, *, step: int
-    ) -> Tensor | None:
-        """What this pass receives; nothing at the end of the axis where the pass begins."""
-        place = self._axis.rank
-        if not 0 <= place - step < self._axis.size:
-            return None
-        return flight.received.pop(Transfer(phase, microbatch, chunk, place - step, place))
+    def _take(self, flight: _Flight[BatchT], compute: Compute) -> Tensor | None:
+        """What this pass receives; nothing at the end of the pipeline where the pass begins."""
+        transfer = input_transfer(compute, self._axis.rank, self._placement)
+        return None if transfer is None else flight.received.pop(transfer)
 
-    def _send(
-        self, flight: _Flight[BatchT], phase: Phase, microbatch: int, chunk: int, *, step: int, tensor: Tensor
-    ) -> None:
-        place = self._axis.rank
-        flight.outgoing[Transfer(phase, microbatch, chunk, place, place + step)] = tensor.contiguous()
+    def _hand_on(self, flight: _Flight[BatchT], compute: Compute, tensor: Tensor) -> None:
+        """Keep the tensor for its `Launch`, or give it to the next stage, where that is on this rank too."""
+        transfer = output_transfer(compute, self._axis.rank, self._placement)
+        assert transfer is not None
+        (flight.received if transfer.is_local else flight.outgoing)[transfer] = tensor.contiguous()
 
     def _launch(self, flight: _Flight[BatchT], transfers: Sequence[Transfer]) -> None:
-        operations = [self._operation(flight, transfer) for transfer in transfers]
-        works = dist.batch_isend_irecv(operations)
-        # NCCL gives one handle for the whole group, gloo one for each message.
-        assert len(works) in (1, len(transfers)), f"{len(works)} handles for {len(transfers)} messages"
-        handles = works if len(works) == len(transfers) else works * len(transfers)
-        flight.works.update(zip(transfers, handles, strict=True))
+        for transfer in transfers:
+            work = self._start(flight, transfer)
+            assert work is not None, "this rank is one end of the message"
+            flight.works[transfer] = work
 
-    def _operation(self, flight: _Flight[BatchT], transfer: Transfer) -> dist.P2POp:
+    def _start(self, flight: _Flight[BatchT], transfer: Transfer) -> dist.Work | None:
+        group = (self._axis if transfer.source < transfer.target else self._upstream).group
         if transfer.source == self._axis.rank:
-            peer = self._axis.ranks[transfer.target]
-            return dist.P2POp(dist.isend, flight.outgoing[transfer], peer, self._axis.group)
-        shape = self._stage.boundary_shape(flight.batches[transfer.microbatch])
-        buffer = torch.empty(shape, dtype=self._stage.dtype, device=self._device)
+            return dist.isend(flight.outgoing[transfer], self._axis.ranks[transfer.target], group)
+        stage = self._stages[transfer.chunk]
+        shape = stage.boundary_shape(flight.batches[transfer.microbatch])
+        buffer = torch.empty(shape, dtype=stage.dtype, device=self._device)
         flight.received[transfer] = buffer
-        return dist.P2POp(dist.irecv, buffer, self._axis.ranks[transfer.source], self._axis.group)
+        return dist.irecv(buffer, self._axis.ranks[transfer.source], group)
 
     def _await(self, flight: _Flight[BatchT], transfers: Sequence[Transfer]) -> None:
         for transfer in transfers:

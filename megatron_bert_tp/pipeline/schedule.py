@@ -1,168 +1,126 @@
-"""Pipeline schedules as data: which stage computes what in which order, and the messages that this implies.
+"""Pipeline schedules by name: which rank computes what in which order, and the messages that this implies.
 
-A schedule is a pure function that gives one stage's order of forward and backward passes.
-`add_messages` turns the orders of all stages into programs, and those very programs are run by the
-executor, checked by `simulate` and drawn by `timeline`.  Nothing here imports torch.
+A schedule is a pure function that gives the orders of all ranks.  `programs_of_orders` turns orders into
+programs, and those very programs are run by the executor, checked by `simulate` and drawn by `timeline`.
+Nothing here imports torch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
-from itertools import chain
-from typing import Protocol, TypeAlias
+from types import MappingProxyType
 
 from megatron_bert_tp.errors import ScheduleError
+from megatron_bert_tp.pipeline.exchange import programs_of_orders
+from megatron_bert_tp.pipeline.forward_only import forward_only
+from megatron_bert_tp.pipeline.instructions import (
+    Await,
+    Compute,
+    Instruction,
+    Launch,
+    Order,
+    Phase,
+    Program,
+    Transfer,
+    input_transfer,
+    output_transfer,
+)
+from megatron_bert_tp.pipeline.interleaved import interleaved
+from megatron_bert_tp.pipeline.orders import gpipe, one_f_one_b
+from megatron_bert_tp.pipeline.placement import Placement, looping, v_shaped
+from megatron_bert_tp.pipeline.zero_bubble import zb_h1, zb_v
 
-
-class Phase(Enum):
-    """Direction of a pass through the stages."""
-
-    FORWARD = "forward"
-    BACKWARD = "backward"
-
-
-@dataclass(frozen=True)
-class Compute:
-    """One forward or backward pass of one microbatch through one (virtual) stage.
-
-    ``chunk`` says which of this rank's virtual stages; it is 0 where a rank holds one stage.
-    """
-
-    phase: Phase
-    microbatch: int
-    chunk: int = 0
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """One message: hidden states going forward, or their gradient going backward.
-
-    ``source`` and ``target`` are ranks on the pipeline axis, ``chunk`` belongs to the receiving
-    (virtual) stage.  A transfer sent by one rank and the equal one received by another are the same message.
-    """
-
-    phase: Phase
-    microbatch: int
-    chunk: int
-    source: int
-    target: int
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Start all these sends and receives together, without waiting for any."""
-
-    transfers: tuple[Transfer, ...]
+__all__ = [
+    "SCHEDULES",
+    "Await",
+    "Compute",
+    "Instruction",
+    "Launch",
+    "Order",
+    "Phase",
+    "Program",
+    "Schedule",
+    "Transfer",
+    "input_transfer",
+    "orders_of",
+    "output_transfer",
+    "placement_of",
+    "programs",
+    "programs_of_orders",
+]
 
 
 @dataclass(frozen=True)
-class Await:
-    """Wait until all these transfers are complete; then receives may be read and sent buffers freed."""
+class Schedule:
+    """How a schedule orders passes, and on which placements it does.
 
-    transfers: tuple[Transfer, ...]
-
-
-Instruction: TypeAlias = Compute | Launch | Await
-Order: TypeAlias = tuple[Compute, ...]
-Program: TypeAlias = tuple[Instruction, ...]
-
-
-class Schedule(Protocol):
-    """A pure function that gives the order of one stage (from 0)."""
-
-    def __call__(self, stage: int, *, num_stages: int, num_microbatches: int) -> Order:
-        """Passes of ``stage``, in the order in which it computes them."""
-
-
-def _passes(phase: Phase, microbatches: range) -> Order:
-    return tuple(Compute(phase, microbatch) for microbatch in microbatches)
-
-
-def gpipe(stage: int, *, num_stages: int, num_microbatches: int) -> Order:  # noqa: ARG001
-    """All forwards, then all backwards (Huang et al. 2019, "GPipe"), both in ascending order.
-
-    Every stage keeps the activations of all microbatches.  Backwards ascend, where the paper's figure
-    descends, so that gradients are added in the same order under every schedule.
+    ``num_virtual`` is the one number of virtual stages on a rank that it takes, or None for any.
     """
-    microbatches = range(num_microbatches)
-    return _passes(Phase.FORWARD, microbatches) + _passes(Phase.BACKWARD, microbatches)
+
+    orders: Callable[[Placement, int], tuple[Order, ...]]
+    num_virtual: int | None = 1
+    is_v_shaped: bool = False
+    takes_any_placement: bool = False
+
+    def place(self, num_ranks: int, num_virtual: int) -> Placement:
+        """The placement that this schedule is made for."""
+        return v_shaped(num_ranks) if self.is_v_shaped else looping(num_ranks, num_virtual)
 
 
-def one_f_one_b(stage: int, *, num_stages: int, num_microbatches: int) -> Order:
-    """Warm-up forwards, then forward and backward in turn, then the backwards that are left.
+SCHEDULES = MappingProxyType(
+    {
+        "gpipe": Schedule(gpipe),
+        "1f1b": Schedule(one_f_one_b),
+        "interleaved": Schedule(interleaved, num_virtual=None),
+        "zb-h1": Schedule(zb_h1),
+        "zb-v": Schedule(zb_v, num_virtual=2, is_v_shaped=True),
+        "forward_only": Schedule(forward_only, num_virtual=None, takes_any_placement=True),
+    }
+)
 
-    Known as PipeDream-flush or 1F1B (Narayanan et al. 2021, section 2.2).  As long as GPipe, but a stage
-    keeps the activations of at most ``min(num_stages - stage, num_microbatches)`` microbatches.
+
+def _schedule(name: str) -> Schedule:
+    if name not in SCHEDULES:
+        raise ScheduleError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[name]
+
+
+def placement_of(name: str, num_ranks: int, num_virtual: int) -> Placement:
+    """Where the schedule ``name`` of `SCHEDULES` puts its ``num_virtual`` virtual stages on each rank.
+
+    Raises ScheduleError for an unknown name, for a number of virtual stages that the schedule does not
+    take, and for less than one rank or virtual stage.
     """
-    num_warmup = min(num_stages - stage - 1, num_microbatches)
-    forwards = _passes(Phase.FORWARD, range(num_microbatches))
-    backwards = _passes(Phase.BACKWARD, range(num_microbatches))
-    turns = chain.from_iterable(zip(forwards[num_warmup:], backwards, strict=False))
-    return (*forwards[:num_warmup], *turns, *backwards[num_microbatches - num_warmup :])
+    schedule = _schedule(name)
+    if schedule.num_virtual not in (None, num_virtual):
+        others = [other for other, each in SCHEDULES.items() if each.num_virtual in (None, num_virtual)]
+        raise ScheduleError(
+            f"schedule {name} puts {schedule.num_virtual} virtual stages on a rank, not {num_virtual}; use "
+            f"{schedule.num_virtual}, or a schedule that takes {num_virtual}: {', '.join(others)}"
+        )
+    return schedule.place(num_ranks, num_virtual)
 
 
-def forward_only(stage: int, *, num_stages: int, num_microbatches: int) -> Order:  # noqa: ARG001
-    """Forwards alone, in ascending order: evaluation and prediction."""
-    return _passes(Phase.FORWARD, range(num_microbatches))
+def programs(
+    name: str, placement: Placement, num_microbatches: int, *, overlaps: bool = False
+) -> tuple[Program, ...]:
+    """Programs of all ranks, messages included, for the schedule ``name`` of `SCHEDULES`.
 
-
-ORDERS: dict[str, Schedule] = {"gpipe": gpipe, "1f1b": one_f_one_b, "forward_only": forward_only}
-
-
-def programs(name: str, num_stages: int, num_microbatches: int) -> tuple[Program, ...]:
-    """Programs of all stages, messages included, for the schedule ``name`` of `ORDERS`.
-
-    Raises ScheduleError for an unknown name and for fewer than one stage or microbatch.
+    ``overlaps`` as in `programs_of_orders`.  Raises ScheduleError for an unknown name, for fewer than one
+    microbatch and for a placement that is not that of the schedule; ``forward_only`` takes every one.
     """
-    if name not in ORDERS:
-        raise ScheduleError(f"unknown schedule {name!r}; choose one of {', '.join(ORDERS)}")
-    for value, meaning in ((num_stages, "stages"), (num_microbatches, "microbatches")):
-        if value < 1:
-            raise ScheduleError(f"a pipeline needs at least one of its {meaning}, got {value}; use 1 or more")
-    order = ORDERS[name]
-    return add_messages(
-        [order(s, num_stages=num_stages, num_microbatches=num_microbatches) for s in range(num_stages)]
-    )
+    return programs_of_orders(orders_of(name, placement, num_microbatches), placement, overlaps=overlaps)
 
 
-def add_messages(orders: Sequence[Order]) -> tuple[Program, ...]:
-    """Programs of all stages from their orders: in each gap, one `Launch` and its `Await`.
-
-    The gap before a pass holds the send of what the pass before it produced and the receive of what
-    this pass needs.  They start together, since two neighbours that both wait for their own
-    send first would wait for ever.  One stage gets its order back, without messages.
-    """
-    return tuple(tuple(_with_messages(order, stage, len(orders))) for stage, order in enumerate(orders))
-
-
-def _with_messages(order: Order, stage: int, num_stages: int) -> Iterator[Instruction]:
-    produced: tuple[Transfer, ...] = ()
-    for compute in order:
-        yield from _exchange(produced + input_transfers(compute, stage, num_stages))
-        yield compute
-        produced = output_transfers(compute, stage, num_stages)
-    yield from _exchange(produced)
-
-
-def _exchange(transfers: tuple[Transfer, ...]) -> tuple[Instruction, ...]:
-    return (Launch(transfers), Await(transfers)) if transfers else ()
-
-
-def input_transfers(compute: Compute, stage: int, num_stages: int) -> tuple[Transfer, ...]:
-    """What ``stage`` must receive before ``compute``: empty at the end where the pass begins, else one."""
-    source = stage - _step(compute.phase)
-    return _between(compute, source, stage) if 0 <= source < num_stages else ()
-
-
-def output_transfers(compute: Compute, stage: int, num_stages: int) -> tuple[Transfer, ...]:
-    """What ``stage`` must send after ``compute``: empty at the end where the pass finishes, else one."""
-    target = stage + _step(compute.phase)
-    return _between(compute, stage, target) if 0 <= target < num_stages else ()
-
-
-def _step(phase: Phase) -> int:
-    return 1 if phase is Phase.FORWARD else -1
-
-
-def _between(compute: Compute, source: int, target: int) -> tuple[Transfer, ...]:
-    return (Transfer(compute.phase, compute.microbatch, compute.chunk, source, target),)
+def orders_of(name: str, placement: Placement, num_microbatches: int) -> tuple[Order, ...]:
+    """Orders of all ranks, without messages; errors as in `programs`."""
+    schedule = _schedule(name)
+    if num_microbatches < 1:
+        raise ScheduleError(f"a pipeline needs at least one microbatch, got {num_microbatches}; use 1 or more")
+    if not schedule.takes_any_placement:
+        expected = placement_of(name, placement.num_ranks, placement.num_chunks)
+        if placement != expected:
+            raise ScheduleError(
+                f"schedule {name} places its stages as {expected.stages}, not as {placement.stages}; "
+                f"use placement_of({name!r}, {placement.num_ranks}, {placement.num_chunks})"
+            )
+    return schedule.orders(placement, num_microbatches)

@@ -2,7 +2,9 @@
 
 The transport is the strictest that there is: a transfer completes only when both sides have launched it,
 an `Await` blocks until all of its transfers are complete, and messages from one rank to another
-arrive in the order in which they were sent.  A program that passes here passes on any backend.
+arrive in the order in which they were sent.  A program that passes here passes on any backend.  A message takes
+its time from the later launch on: it blocks both sides where they await it at once, and runs beside the
+passes between `Launch` and `Await` where there are any.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,26 +12,59 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from megatron_bert_tp.errors import ScheduleError
-from megatron_bert_tp.pipeline.messages import check_messages, describe
-from megatron_bert_tp.pipeline.schedule import Await, Compute, Launch, Phase, Program, Transfer
+from megatron_bert_tp.pipeline.instructions import Await, Compute, Launch, Phase, Program, Transfer, describe
+from megatron_bert_tp.pipeline.messages import check_messages
+from megatron_bert_tp.pipeline.placement import Placement
 
 
 @dataclass(frozen=True)
 class Durations:
-    """Time of each stage's passes and of a message, all in one unit of the caller's choice."""
+    """Time of each virtual stage's passes and of a message, all in one unit of the caller's choice.
+
+    ``backward`` is that of the joint pass.  ``weight`` is that of the weight gradient alone, by default half
+    of it; ``input_gradient`` that of the input gradient alone, by default what is left of the joint pass.
+    """
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     transfer: float = 0.0
+    weight: tuple[float, ...] | None = None
+    input_gradient: tuple[float, ...] | None = None
 
     @classmethod
-    def equal(cls, num_stages: int, *, forward: float, backward: float, transfer: float = 0.0) -> "Durations":
-        """The same durations on every stage."""
-        return cls((forward,) * num_stages, (backward,) * num_stages, transfer)
+    def equal(
+        cls,
+        num_stages: int,
+        *,
+        forward: float,
+        backward: float,
+        weight_share: float = 0.5,
+        transfer: float = 0.0,
+    ) -> "Durations":
+        """The same durations on every stage; ``weight_share`` of a backward is its weight gradient."""
+        weight = (backward * weight_share,) * num_stages
+        return cls((forward,) * num_stages, (backward,) * num_stages, transfer, weight)
 
-    def of(self, compute: Compute, stage: int) -> float:
-        """Time that ``compute`` takes on ``stage``."""
-        return {Phase.FORWARD: self.forward, Phase.BACKWARD: self.backward}[compute.phase][stage]
+    def check(self, num_stages: int) -> None:
+        """Raise ScheduleError unless there is one duration of every kind for each virtual stage."""
+        kinds = (self.forward, self.backward, self.weight, self.input_gradient)
+        counts = [len(kind) for kind in kinds if kind is not None]
+        if any(count != num_stages for count in counts):
+            raise ScheduleError(
+                f"{num_stages} virtual stages need one duration of each kind for each stage, got {counts}"
+            )
+
+    def of(self, phase: Phase, stage: int) -> float:
+        """Time that a pass of this kind takes on a virtual stage."""
+        joint = self.backward[stage]
+        weight = joint / 2 if self.weight is None else self.weight[stage]
+        rest = joint - weight if self.input_gradient is None else self.input_gradient[stage]
+        return {
+            Phase.FORWARD: self.forward[stage],
+            Phase.BACKWARD: joint,
+            Phase.INPUT_GRADIENT: rest,
+            Phase.WEIGHT_GRADIENT: weight,
+        }[phase]
 
 
 @dataclass(frozen=True)
@@ -41,48 +76,63 @@ class Interval:
     compute: Compute
 
 
+# By how much a pass changes what a rank holds: activations, and work for weight gradients that waits.
+_LIVE = {Phase.FORWARD: 1, Phase.BACKWARD: -1, Phase.INPUT_GRADIENT: -1}
+_DEFERRED = {Phase.INPUT_GRADIENT: 1, Phase.WEIGHT_GRADIENT: -1}
+
+
 @dataclass(frozen=True)
 class Timeline:
-    """What ran when: one row of intervals per stage, in ascending time.  Times as in `Durations`."""
+    """What ran when: one row of intervals per rank, in ascending time.  Times as in `Durations`."""
 
-    stages: tuple[tuple[Interval, ...], ...]
+    ranks: tuple[tuple[Interval, ...], ...]
 
     @property
     def length(self) -> float:
-        """Time from 0 to the end of the last pass on any stage."""
-        return max((row[-1].end for row in self.stages if row), default=0.0)
+        """Time from 0 to the end of the last pass on any rank."""
+        return max((row[-1].end for row in self.ranks if row), default=0.0)
 
     @property
     def idle_share(self) -> float:
-        """Share of all stages' time in which nothing is computed, from 0 to 1: the bubble."""
-        available = self.length * len(self.stages)
-        busy = sum(interval.end - interval.start for row in self.stages for interval in row)
+        """Share of all ranks' time in which nothing is computed, from 0 to 1: the bubble."""
+        available = self.length * len(self.ranks)
+        busy = sum(interval.end - interval.start for row in self.ranks for interval in row)
         return (available - busy) / available if available else 0.0
 
-    def peak_live(self, stage: int) -> int:
-        """Most microbatches whose activations ``stage`` holds at one time.
+    def peak_live(self, rank: int) -> int:
+        """Most pairs of microbatch and chunk whose activations ``rank`` holds at one time.
 
-        They live from the start of their forward to the end of their backward; those of a forward
-        that has no backward (evaluation) end with it.
+        They live from the start of their forward to the end of their joint backward or input gradient; those
+        of a forward that has no backward (evaluation) end with it.
         """
-        passes = [interval.compute for interval in self.stages[stage]]
-        trained = {(c.microbatch, c.chunk) for c in passes if c.phase is Phase.BACKWARD}
-        if not trained:
-            return min(len(passes), 1)
-        return max(accumulate(1 if c.phase is Phase.FORWARD else -1 for c in passes))
+        if all(interval.compute.phase is Phase.FORWARD for interval in self.ranks[rank]):
+            return min(len(self.ranks[rank]), 1)
+        return self._peak(rank, _LIVE)
+
+    def peak_deferred(self, rank: int) -> int:
+        """Most weight gradients that wait on ``rank`` at one time, each with what it will be made of.
+
+        They wait from the end of the input gradient to the end of their own pass.
+        """
+        return self._peak(rank, _DEFERRED)
+
+    def _peak(self, rank: int, changes: Mapping[Phase, int]) -> int:
+        steps = (changes.get(interval.compute.phase, 0) for interval in self.ranks[rank])
+        return max(accumulate(steps, initial=0))
 
     @property
     def max_peak_live(self) -> int:
-        """`peak_live` of the stage that holds most."""
-        return max(self.peak_live(stage) for stage in range(len(self.stages)))
+        """`peak_live` of the rank that holds most."""
+        return max(self.peak_live(rank) for rank in range(len(self.ranks)))
 
 
 @dataclass
-class _Stage:
-    """How far one stage has come in its program."""
+class _Rank:
+    """How far one rank has come in its program."""
 
     number: int
     program: Program
+    stages: tuple[int, ...]
     position: int = 0
     clock: float = 0.0
     intervals: list[Interval] = field(default_factory=list)
@@ -99,11 +149,11 @@ class _Wire:
         self._seconds = seconds
         self._launched: dict[Transfer, dict[int, float]] = {}
 
-    def launch(self, transfer: Transfer, *, stage: int, time: float) -> None:
-        self._launched.setdefault(transfer, {})[stage] = time
+    def launch(self, transfer: Transfer, *, rank: int, time: float) -> None:
+        self._launched.setdefault(transfer, {})[rank] = time
 
     def missing_sides(self, transfer: Transfer) -> tuple[int, ...]:
-        """Stages that still have to launch ``transfer``."""
+        """Ranks that still have to launch ``transfer``."""
         sides: Mapping[int, float] = self._launched.get(transfer, {})
         return tuple(side for side in (transfer.source, transfer.target) if side not in sides)
 
@@ -111,70 +161,66 @@ class _Wire:
         return max(self._launched[transfer].values()) + self._seconds
 
 
-def simulate(programs: Sequence[Program], durations: Durations) -> Timeline:
-    """Timeline of ``programs`` (one per stage) when passes and messages take ``durations``.
+def simulate(programs: Sequence[Program], placement: Placement, durations: Durations) -> Timeline:
+    """Timeline of ``programs`` (one per rank) when passes and messages take ``durations``.
 
     Raises ScheduleError when messages do not match (`check_messages`), and for a deadlock, with each stuck
-    stage, the instruction at which it is stuck and what that waits for.
+    rank, the instruction at which it is stuck and what that waits for.
     """
-    if not len(programs) == len(durations.forward) == len(durations.backward):
-        raise ScheduleError(
-            f"{len(programs)} programs need as many durations, got {len(durations.forward)} of forward "
-            f"and {len(durations.backward)} of backward passes; give one per stage"
-        )
-    check_messages(programs)
-    stages = [_Stage(number, program) for number, program in enumerate(programs)]
+    check_messages(programs, placement)
+    durations.check(placement.num_stages)
+    ranks = [_Rank(number, program, placement.stages[number]) for number, program in enumerate(programs)]
     wire = _Wire(durations.transfer)
-    while any([_advance(stage, wire, durations) for stage in stages]):  # noqa: C419 - all of them, not the first
+    while any([_advance(rank, wire, durations) for rank in ranks]):  # noqa: C419 - all of them, not the first
         pass
-    if not all(stage.is_done for stage in stages):
-        raise ScheduleError(_deadlock(stages, wire))
-    return Timeline(tuple(tuple(stage.intervals) for stage in stages))
+    if not all(rank.is_done for rank in ranks):
+        raise ScheduleError(_deadlock(ranks, wire))
+    return Timeline(tuple(tuple(rank.intervals) for rank in ranks))
 
 
-def _advance(stage: _Stage, wire: _Wire, durations: Durations) -> bool:
+def _advance(rank: _Rank, wire: _Wire, durations: Durations) -> bool:
     """Walk the program up to the next `Await` that is not complete; whether it moved at all."""
-    before = stage.position
-    while not stage.is_done and _step(stage, wire, durations):
-        stage.position += 1
-    return stage.position > before
+    before = rank.position
+    while not rank.is_done and _step(rank, wire, durations):
+        rank.position += 1
+    return rank.position > before
 
 
-def _step(stage: _Stage, wire: _Wire, durations: Durations) -> bool:
-    """Do the instruction at ``stage.position``; False when it has to wait."""
-    match stage.program[stage.position]:
+def _step(rank: _Rank, wire: _Wire, durations: Durations) -> bool:
+    """Do the instruction at ``rank.position``; False when it has to wait."""
+    match rank.program[rank.position]:
         case Launch(transfers):
             for transfer in transfers:
-                wire.launch(transfer, stage=stage.number, time=stage.clock)
+                wire.launch(transfer, rank=rank.number, time=rank.clock)
         case Await(transfers):
             if any(wire.missing_sides(transfer) for transfer in transfers):
                 return False
-            stage.clock = max([stage.clock, *(wire.completion(transfer) for transfer in transfers)])
-        case Compute() as compute:
-            start = stage.clock
-            stage.clock += durations.of(compute, stage.number)
-            stage.intervals.append(Interval(start, stage.clock, compute))
+            rank.clock = max([rank.clock, *(wire.completion(transfer) for transfer in transfers)])
+        case Compute(phase, _, chunk) as compute:
+            start = rank.clock
+            rank.clock += durations.of(phase, rank.stages[chunk])
+            rank.intervals.append(Interval(start, rank.clock, compute))
     return True
 
 
-def _deadlock(stages: Sequence[_Stage], wire: _Wire) -> str:
-    stuck = [_stuck(stage, wire) for stage in stages if not stage.is_done]
+def _deadlock(ranks: Sequence[_Rank], wire: _Wire) -> str:
+    stuck = [_stuck(rank, wire) for rank in ranks if not rank.is_done]
     return "\n  ".join(
         [
-            "deadlock: these stages wait for each other for ever; "
+            "deadlock: these ranks wait for each other for ever; "
             "launch the messages of one gap together, sends and receives",
             *stuck,
         ]
     )
 
 
-def _stuck(stage: _Stage, wire: _Wire) -> str:
-    instruction = stage.program[stage.position]
+def _stuck(rank: _Rank, wire: _Wire) -> str:
+    instruction = rank.program[rank.position]
     assert isinstance(instruction, Await)
     waits = [
-        f"{describe(transfer)}, which stage {side} has not launched"
+        f"{describe(transfer)}, which rank {side} has not launched"
         for transfer in instruction.transfers
         for side in wire.missing_sides(transfer)
     ]
-    place = f"stage {stage.number}, instruction {stage.position} of {len(stage.program)}"
+    place = f"rank {rank.number}, instruction {rank.position} of {len(rank.program)}"
     return f"{place}: Await of {'; '.join(waits)}"

@@ -7,26 +7,28 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
-from megatron_bert_tp.checkpoint.load import load_parts_, load_rectangles_
-from megatron_bert_tp.checkpoint.model import check_model
 from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.schema import Config, ModelConfig
 from megatron_bert_tp.data.loader import Loading, StepLoader
-from megatron_bert_tp.data.tokenizer import Tokenizer
-from megatron_bert_tp.errors import DataError
-from megatron_bert_tp.formats.tokenizer_files import LIBRARY, VOCABULARY
-from megatron_bert_tp.formats.weights import ModelSource, open_weights
-from megatron_bert_tp.model.initialisation import initialise_
+from megatron_bert_tp.model.chunks import Chunks
+from megatron_bert_tp.model.recompute import Recompute
 from megatron_bert_tp.model.shape import ModelShape, tensor_shapes
 from megatron_bert_tp.model.stage import MegatronBertStage
-from megatron_bert_tp.optim.adamw import MOMENTS, AdamWNumbers, build_adamw, moment_of, restart_
-from megatron_bert_tp.optim.learning_rate import LinearSchedule
-from megatron_bert_tp.parallel.gradients import Gradients
-from megatron_bert_tp.parallel.mesh import ParallelMesh
+from megatron_bert_tp.optim.apex import mixed_layer_norm
+from megatron_bert_tp.optim.loss_scale import LossScale
+from megatron_bert_tp.optim.rules import build_optimizer
+from megatron_bert_tp.parallel.collectives import sum_over_
+from megatron_bert_tp.parallel.gradients import Gradients, Reduction
+from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
+from megatron_bert_tp.parallel.ownership import OwnedWeights
 from megatron_bert_tp.pipeline.partition import StagePlan, partition, stage_costs
+from megatron_bert_tp.pipeline.placement import Placement
 from megatron_bert_tp.training.failures import telling, together
+from megatron_bert_tp.training.numbers import batch_size, optimizer_numbers, update_numbers
+from megatron_bert_tp.training.passes import Passes
 from megatron_bert_tp.training.processes import (
     barrier,
     build_mesh,
@@ -38,9 +40,17 @@ from megatron_bert_tp.training.processes import (
 from megatron_bert_tp.training.progress import MetricsFile, Reporter
 from megatron_bert_tp.training.resume import checkpoint_to_resume, samples_at_the_end, samples_done
 from megatron_bert_tp.training.run_directory import RunDirectory, prepare
+from megatron_bert_tp.training.state import (
+    fill_masters_,
+    load_moments_,
+    loss_scale_of,
+    updates_of,
+    weights_source,
+)
 from megatron_bert_tp.training.telling import interruption, opening, reading, say_nothing
 from megatron_bert_tp.training.texts import Texts, open_texts
 from megatron_bert_tp.training.trainer import Pace, Trainer
+from megatron_bert_tp.training.update import Updater
 
 METRICS = "metrics.jsonl"
 
@@ -58,6 +68,7 @@ def pretrain(config: Config, environment: LaunchEnvironment) -> None:
             device,
             tensor=config.parallel.tensor,
             pipeline=config.parallel.pipeline,
+            ends=Passes(config.parallel).placement.ends,
             timeout=timeout,
         )
         texts = open_texts(config, mesh.data, say=print if environment.is_first else say_nothing)
@@ -87,45 +98,88 @@ def build_trainer(
     device: torch.device,
     checkpoint: Checkpoint | None = None,
 ) -> Trainer:
-    """Stage, optimizer and gradients of one rank, new, from given weights, or as a checkpoint left them."""
-    shape = model_shape(config)
-    plan = stage_plans(config)[mesh.pipeline.rank]
-    dtype = getattr(torch, config.optimizer.precision)
-    with device:  # made there: moving a stage would part the two leaves of a tied weight
-        stage = MegatronBertStage(shape, plan, axis=mesh.tensor, seed=config.optimizer.seed, dtype=dtype)
+    """Stages, optimizer and gradients of one rank, new, from given weights, or as a checkpoint left them."""
+    passes = Passes(config.parallel)
+    chunks = _chunks(config, mesh, passes.placement, device)
     with together(device):
-        _fill_(stage, config, checkpoint, verify=mesh.is_first)
-    numbers = AdamWNumbers(
-        beta1=config.optimizer.beta1,
-        beta2=config.optimizer.beta2,
-        epsilon=config.optimizer.epsilon,
-        weight_decay=config.optimizer.weight_decay,
-    )
-    optimizer = build_adamw(stage.trained_parameters(), numbers)
-    if checkpoint is not None:
-        restart_(optimizer, checkpoint.step)
-        for kind in MOMENTS:
-            load_rectangles_(stage.trained_parts(), kind, moment_of(optimizer, kind), checkpoint)
-    gradients = Gradients(
-        stage.parts(),
-        list(tensor_shapes(shape)),
-        tied=stage.tied(),
-        mesh=mesh,
-        bucket_bytes=config.parallel.bucket_megabytes << 20,
-    )
+        fill = weights_source(config, chunks.shape, checkpoint, checks=mesh.is_first)
+        fill((part, part.view(part.parameter)) for part in chunks.parts())
+        updater = _updater(config, mesh, chunks, checkpoint)
+        fill_masters_(updater, fill)
+        if checkpoint is not None:
+            load_moments_(updater, config.optimizer.name, checkpoint)
     steps, samples = (checkpoint.step, samples_done(checkpoint)) if checkpoint else (0, 0)
     end = samples_at_the_end(config, steps_done=steps, samples_done=samples)
     return Trainer(
-        stage,
-        optimizer,
-        gradients,
+        chunks,
+        updater,
         texts,
         _steps(config, texts, device, end=end),
         mesh=mesh,
+        passes=passes,
         device=device,
         pace=_pace(config),
         steps_done=steps,
         samples_done=samples,
+    )
+
+
+def _chunks(config: Config, mesh: ParallelMesh, placement: Placement, device: torch.device) -> Chunks:
+    """The empty stages of this rank."""
+    shape, plans, parallel = model_shape(config), stage_plans(config), config.parallel
+    with device:  # made there: moving a stage would part the two leaves of a tied weight
+        chunks = Chunks(
+            [
+                MegatronBertStage(
+                    shape,
+                    plans[stage],
+                    axis=mesh.tensor,
+                    seed=config.optimizer.seed,
+                    dtype=getattr(torch, config.optimizer.precision),
+                    splits_sequence=parallel.sequence,
+                    recompute=Recompute(parallel.recompute, parallel.recompute_every),
+                )
+                for stage in placement.stages[mesh.pipeline.rank]
+            ]
+        )
+        if config.run.fused == "apex":
+            chunks.use_norm_(mixed_layer_norm())
+    return chunks
+
+
+def _updater(config: Config, mesh: ParallelMesh, chunks: Chunks, checkpoint: Checkpoint | None) -> Updater:
+    parallel = config.parallel
+    reduction = Reduction(
+        mesh=mesh,
+        owners=mesh.data if parallel.shard_optimizer else Axis.alone("data"),
+        splits_sequence=parallel.sequence,
+        bucket_bytes=parallel.bucket_megabytes << 20,
+    )
+    names = list(tensor_shapes(chunks.shape))
+    gradients = Gradients(chunks.trained_parts(), names, tied=chunks.tied(), reduction=reduction)
+    for stage in chunks:
+        stage.weight_gradients.deliver = gradients.accumulate
+    weights = OwnedWeights(gradients, reduction.owners)
+
+    def sum_over_owners(vector: Tensor) -> Tensor:
+        return sum_over_(sum_over_(vector, mesh.tensor), reduction.owners)
+
+    numbers = update_numbers(config.optimizer)
+    scale = None if checkpoint is None else loss_scale_of(checkpoint)
+    if scale is None and numbers.loss_scale is not None:
+        scale = LossScale.begin(numbers.loss_scale)
+    return Updater(
+        gradients,
+        weights,
+        build_optimizer(
+            weights.owned,
+            optimizer_numbers(config.optimizer),
+            sum_over_owners=sum_over_owners,
+            fused=config.run.fused,
+        ),
+        numbers,
+        updates_done=0 if checkpoint is None else updates_of(checkpoint),
+        loss_scale=scale if numbers.loss_scale is not None else None,
     )
 
 
@@ -135,8 +189,8 @@ def _steps(config: Config, texts: Texts, device: torch.device, *, end: int) -> S
         pins_memory=device.type == "cuda",
         timeout_seconds=config.run.timeout_seconds,
     )
-    global_batch = config.optimizer.global_batch
-    return StepLoader(texts.training.take, global_batch=global_batch, end=end, loading=loading)
+    size_of = batch_size(config.optimizer).global_batch_at
+    return StepLoader(texts.training.take, size_of=size_of, end=end, loading=loading)
 
 
 def model_shape(config: Config) -> ModelShape:
@@ -147,7 +201,7 @@ def model_shape(config: Config) -> ModelShape:
 
 
 def stage_plans(config: Config) -> tuple[StagePlan, ...]:
-    """Which layers each stage holds, the weight of the MLM head at the masked positions considered."""
+    """Which layers each (virtual) stage holds, the weight of the MLM head at the masked positions considered."""
     model = config.model
     costs = stage_costs(
         hidden_size=model.hidden_size,
@@ -158,57 +212,19 @@ def stage_plans(config: Config) -> tuple[StagePlan, ...]:
     )
     return partition(
         model.num_hidden_layers,
-        config.parallel.pipeline,
+        config.parallel.pipeline * config.parallel.virtual,
         embedding_cost=costs.embedding,
         head_cost=costs.head,
     )
 
 
-def _fill_(
-    stage: MegatronBertStage, config: Config, checkpoint: Checkpoint | None, *, verify: bool
-) -> None:
-    """Weights of the checkpoint, else of ``model.weights``, else initial ones from the seed."""
-    if checkpoint is not None:
-        check_model(checkpoint, stage.shape)
-        load_parts_(stage.parts(), checkpoint.weight)
-    elif config.model.weights is not None:
-        load_parts_(stage.parts(), open_weights(Path(config.model.weights), stage.shape, verify=verify))
-        if verify:
-            _check_vocabulary(Path(config.model.weights), Path(config.data.tokenizer))
-    else:
-        initialise_(stage, seed=config.optimizer.seed)
-
-
-def _check_vocabulary(weights: Path, tokenizer: Path) -> None:
-    """DataError when the weights come with another vocabulary than that of the run: a row is the word of an id."""
-    files = ModelSource.open(weights).tokenizer_files
-    own = next((files[name] for name in (LIBRARY, VOCABULARY) if name in files), None)
-    if own is None:
-        return
-    theirs, ours = (Tokenizer.load(path, True).vocabulary.entries for path in (own, tokenizer))
-    if theirs != ours:
-        raise DataError(
-            f"{tokenizer} has {len(ours)} entries that are not the {len(theirs)} of {own}, with which the weights "
-            f"of {weights} were trained; set data.tokenizer={own} and make the corpus with it"
-        )
-
-
 def _pace(config: Config) -> Pace:
-    optimizer, run = config.optimizer, config.run
     return Pace(
-        steps=optimizer.steps,
-        global_batch=optimizer.global_batch,
-        clip_norm=optimizer.clip_norm,
-        schedule=LinearSchedule(
-            peak=optimizer.learning_rate,
-            final=optimizer.final_learning_rate,
-            warmup=optimizer.warmup_steps,
-            steps=optimizer.steps,
-        ),
-        pipeline_schedule=config.parallel.schedule,
-        save_every=run.save_every,
-        evaluate_every=run.evaluate_every,
-        evaluation_samples=run.evaluation_samples,
+        steps=config.optimizer.steps,
+        batch=batch_size(config.optimizer),
+        save_every=config.run.save_every,
+        evaluate_every=config.run.evaluate_every,
+        evaluation_samples=config.run.evaluation_samples,
     )
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.errors import LayoutError
 from megatron_bert_tp.parallel.collectives import maximum_over_, sum_over_
-from megatron_bert_tp.parallel.mesh import MeshShape, ParallelMesh
+from megatron_bert_tp.parallel.mesh import Axis, MeshShape, ParallelMesh
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -51,16 +51,44 @@ def process_group(environment: LaunchEnvironment, device: torch.device, timeout:
 
 
 def build_mesh(
-    environment: LaunchEnvironment, device: torch.device, *, tensor: int, pipeline: int, timeout: timedelta
+    environment: LaunchEnvironment,
+    device: torch.device,
+    *,
+    tensor: int,
+    pipeline: int,
+    ends: tuple[int, ...],
+    timeout: timedelta,
 ) -> ParallelMesh:
-    """Mesh of this launch, its pipeline warmed up: NCCL's first message of a group needs all its ranks."""
+    """Mesh of this launch, warmed up: a communicator connects at its first message, which needs all its ranks.
+
+    ``ends`` are the places on the pipeline that hold the first and the last stage.
+    """
     if environment.world_size == 1:
         return ParallelMesh.alone()
-    shape = MeshShape.of_world(environment.world_size, tensor=tensor, pipeline=pipeline)
+    shape = MeshShape.of_world(environment.world_size, tensor=tensor, pipeline=pipeline, ends=ends)
     mesh = ParallelMesh.build(shape, rank=environment.rank, timeout=timeout)
-    if device.type == "cuda":
-        sum_over_(torch.zeros(1, device=device), mesh.pipeline)
+    for axis in (mesh.tensor, mesh.data, mesh.pipeline, mesh.tied):
+        sum_over_(torch.zeros(1, device=device), axis)
+    for axis in (mesh.pipeline, mesh.upstream):
+        _meet_neighbours(axis, device)
     return mesh
+
+
+def _meet_neighbours(axis: Axis, device: torch.device) -> None:
+    """Send one number around the ring and back: NCCL connects two ranks when they first meet, and both must wait.
+
+    All pairs meet in one order, by their places, so that no ranks wait for each other in a circle.
+    """
+    ring = {tuple(sorted((place, (place + 1) % axis.size))) for place in range(axis.size)}
+    for low, high in sorted(ring):
+        if low == high or axis.rank not in (low, high):
+            continue
+        number = torch.zeros(1, device=device)
+        source, target = (low, high) if axis.name == "pipeline" else (high, low)
+        if axis.rank == source:
+            dist.send(number, axis.ranks[target], axis.group)
+        else:
+            dist.recv(number, axis.ranks[source], axis.group)
 
 
 def barrier() -> None:

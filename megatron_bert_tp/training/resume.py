@@ -13,6 +13,7 @@ from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.errors import CheckpointError
 from megatron_bert_tp.training.failures import together
+from megatron_bert_tp.training.numbers import batch_size
 from megatron_bert_tp.training.run_directory import CHECKPOINTS, SAMPLES, SETTINGS, tokenizer_name
 
 _LEARNED = ("model", "data", "objective", "optimizer")
@@ -45,7 +46,8 @@ def samples_done(checkpoint: Checkpoint) -> int:
 
 def samples_at_the_end(config: Config, *, steps_done: int, samples_done: int) -> int:
     """Samples that the run will have consumed; its first steps may have had another global batch."""
-    return samples_done + max(0, config.optimizer.steps - steps_done) * config.optimizer.global_batch
+    left = max(0, config.optimizer.steps - steps_done)
+    return batch_size(config.optimizer).samples_after(left, samples_done=samples_done)
 
 
 def changed_settings(checkpoint: Checkpoint, config: Config) -> list[str]:

@@ -13,18 +13,18 @@ import torch
 from megatron_bert_tp.checkpoint.durable import JSON
 from megatron_bert_tp.checkpoint.model import MODEL
 from megatron_bert_tp.checkpoint.save import save_checkpoint
-from megatron_bert_tp.checkpoint.slices import rectangles
 from megatron_bert_tp.config.dump import to_dict, write_config
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.errors import TrainingError
 from megatron_bert_tp.formats.convert import LOWERCASE
-from megatron_bert_tp.model.stage import MegatronBertStage
-from megatron_bert_tp.optim.adamw import MOMENTS, moment_of
+from megatron_bert_tp.model.chunks import Chunks
 from megatron_bert_tp.parallel.collectives import maximum_over_
 from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.training.failures import first_failure, together
 from megatron_bert_tp.training.progress import Record, Reporter
+from megatron_bert_tp.training.state import facts_of, held_rectangles
+from megatron_bert_tp.training.update import Updater
 
 CHECKPOINTS = "checkpoints"
 SETTINGS, SAMPLES = "settings", "samples"
@@ -70,20 +70,13 @@ class RunDirectory:
         if self._reporter is not None:
             self._reporter.evaluation(record)
 
-    def save(
-        self, stage: MegatronBertStage, optimizer: torch.optim.AdamW, *, steps_done: int, samples_done: int
-    ) -> Path:
-        """Write a checkpoint; one replica writes, since all hold the same."""
-        held = []
-        if self._mesh.data.is_first:
-            held = rectangles(stage.parts(), "weight", lambda part: part.parameter)
-            for kind in MOMENTS:
-                held += rectangles(stage.trained_parts(), kind, moment_of(optimizer, kind))
+    def save(self, chunks: Chunks, updater: Updater, *, steps_done: int, samples_done: int) -> Path:
+        """Write a checkpoint of what all ranks hold, each tensor once."""
         path = save_checkpoint(
             self.path / CHECKPOINTS,
             steps_done,
-            held,
-            facts=self._facts(stage, samples_done),
+            held_rectangles(chunks, updater, self._config.optimizer.name, self._mesh),
+            facts={**self._facts(chunks, samples_done), **facts_of(updater)},
             attachments={tokenizer_name(self._config): self.path / tokenizer_name(self._config)},
             rank=self._environment.rank,
             world_size=self._environment.world_size,
@@ -93,9 +86,9 @@ class RunDirectory:
         self.say(f"checkpoint {path}")
         return path
 
-    def _facts(self, stage: MegatronBertStage, samples: int) -> Mapping[str, JSON]:
+    def _facts(self, chunks: Chunks, samples: int) -> Mapping[str, JSON]:
         return {
-            MODEL: asdict(stage.shape),
+            MODEL: asdict(chunks.shape),
             SETTINGS: cast(JSON, to_dict(self._config)),
             LOWERCASE: self._config.data.lowercase,
             SAMPLES: samples,

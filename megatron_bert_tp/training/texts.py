@@ -19,6 +19,7 @@ from megatron_bert_tp.data.tokenizer import Tokenizer
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.parallel.cross_entropy import IGNORED
 from megatron_bert_tp.parallel.mesh import Axis
+from megatron_bert_tp.training.numbers import batch_size
 
 _WITHOUT: dict[PartName, str] = {"validation": "; or evaluate nothing, with run.evaluation_samples=0"}
 
@@ -106,6 +107,6 @@ def _batches(config: Config, source: SampleSource, tokenizer: Tokenizer, data: A
         sequence_length=config.data.sequence_length,
         masking=config.objective.masking,
         seed=config.optimizer.seed,
-        global_batch=config.optimizer.global_batch,
+        size_of=batch_size(config.optimizer).global_batch_at,
         cutting=Cutting(packing=parallel.packing, size=size, data_rank=data.rank, data_size=data.size),
     )

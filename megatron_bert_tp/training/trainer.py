@@ -1,6 +1,5 @@
 """The training loop: take batches, run the program, sum gradients, step, report, save."""
 
-import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -12,19 +11,18 @@ import torch
 from torch import Tensor
 
 from megatron_bert_tp.data.batch import Batch
-from megatron_bert_tp.errors import TrainingError
-from megatron_bert_tp.model.stage import MegatronBertStage, PretrainingLogits
+from megatron_bert_tp.model.chunks import Chunks
+from megatron_bert_tp.model.stage import PretrainingLogits
 from megatron_bert_tp.objectives.pretraining import Counts, Losses, count, losses_of_step, microbatch_loss
-from megatron_bert_tp.optim.adamw import step_
-from megatron_bert_tp.optim.learning_rate import LinearSchedule, learning_rate
+from megatron_bert_tp.optim.batch_size import BatchSize
 from megatron_bert_tp.parallel.collectives import sum_over_
-from megatron_bert_tp.parallel.gradients import Gradients
 from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
 from megatron_bert_tp.pipeline.executor import Executor
-from megatron_bert_tp.pipeline.messages import check_messages
-from megatron_bert_tp.pipeline.schedule import Program, programs
+from megatron_bert_tp.pipeline.instructions import Program
+from megatron_bert_tp.training.passes import Passes
 from megatron_bert_tp.training.run_directory import RunDirectory
 from megatron_bert_tp.training.texts import Texts
+from megatron_bert_tp.training.update import Done, Update, Updater
 
 _NUM_STATISTICS = 4
 
@@ -48,13 +46,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a run is, and how often it does what."""
+    """How long a run is, how large its steps are, and how often it does what."""
 
     steps: int
-    global_batch: int
-    clip_norm: float
-    schedule: LinearSchedule
-    pipeline_schedule: str
+    batch: BatchSize
     save_every: int
     evaluate_every: int
     evaluation_samples: int
@@ -67,8 +62,7 @@ class StepReport:
     step: int
     samples: int
     losses: Losses
-    grad_norm: float
-    learning_rate: float
+    update: Update
     work: Work
     data_seconds: float
     """Time that this rank has waited for its batches."""
@@ -79,23 +73,23 @@ class Trainer:
 
     def __init__(
         self,
-        stage: MegatronBertStage,
-        optimizer: torch.optim.AdamW,
-        gradients: Gradients,
+        chunks: Chunks,
+        updater: Updater,
         texts: Texts,
         steps: Steps,
         *,
         mesh: ParallelMesh,
+        passes: Passes,
         device: torch.device,
         pace: Pace,
         steps_done: int = 0,
         samples_done: int = 0,
     ) -> None:
-        self.stage, self.optimizer, self.gradients = stage, optimizer, gradients
+        self.chunks, self.updater = chunks, updater
         self.texts, self.steps = texts, steps
         self.mesh, self.device, self.pace = mesh, device, pace
         self.steps_done, self.samples_done = steps_done, samples_done
-        self._programs: dict[tuple[str, int], Program] = {}
+        self._passes = passes
         self._held_out: list[Batch] | None = None
 
     def run(self, directory: RunDirectory) -> None:
@@ -110,7 +104,7 @@ class Trainer:
             directory.report_step(_record(report, seconds, self.pace.steps))
             if self._is_due(self.pace.save_every):
                 directory.save(
-                    self.stage, self.optimizer, steps_done=self.steps_done, samples_done=self.samples_done
+                    self.chunks, self.updater, steps_done=self.steps_done, samples_done=self.samples_done
                 )
             if self._is_evaluated:
                 directory.report_evaluation(self._evaluation_record())
@@ -122,35 +116,42 @@ class Trainer:
         data_seconds = time.perf_counter() - started
         batches = [batch.to(self.device) for batch in taken]
         counts = count(batches, self.mesh.data, self.device)
-        self.gradients.clear()
-        losses, work = self._run(self.pace.pipeline_schedule, batches, counts)
-        norm = self.gradients.reduce_and_norm()
-        self._require_finite(losses, norm)
-        self.gradients.clip_(norm, self.pace.clip_norm)
-        rate = learning_rate(self.steps_done, self.pace.schedule)
-        step_(self.optimizer, rate)
+        done = Done(self.steps_done, self.samples_done, self.pace.batch.global_batch_at(self.samples_done))
+        program = self._passes.training(len(batches), self.mesh.pipeline.rank)
+        self.updater.begin(len(batches))
+        losses, work = self._run(program, batches, counts, loss_scale=self.updater.scale)
+        update = self.updater.finish(losses.loss, done)
         self.steps_done += 1
-        self.samples_done += self.pace.global_batch
-        return StepReport(self.steps_done, self.samples_done, losses, norm, rate, work, data_seconds)
+        self.samples_done += done.batch
+        return StepReport(self.steps_done, self.samples_done, losses, update, work, data_seconds)
 
     def evaluate(self) -> tuple[Losses, Counts]:
         """Losses on the held-out part: the same samples and masks every time, without dropout."""
         batches = self._held_out_batches()
         counts = count(batches, self.mesh.data, self.device)
-        self.stage.eval()
-        losses, _ = self._run("forward_only", batches, counts)
-        self.stage.train()
+        self.chunks.train(False)
+        losses, _ = self._run(self._passes.evaluation(len(batches), self.mesh.pipeline.rank), batches, counts)
+        self.chunks.train()
         return losses, counts
 
-    def _run(self, schedule: str, batches: Sequence[Batch], counts: Counts) -> tuple[Losses, Work]:
+    def _run(
+        self, program: Program, batches: Sequence[Batch], counts: Counts, *, loss_scale: float = 1.0
+    ) -> tuple[Losses, Work]:
         """Walk the program; losses and work of all ranks, equal on each of them."""
+        num_classes = self.chunks.shape.vocab_size
 
         def criterion(output: PretrainingLogits, batch: Batch) -> tuple[Tensor, Tensor]:
-            num_classes = self.stage.shape.vocab_size
             return microbatch_loss(output, batch, counts, num_classes=num_classes, tensor=self.mesh.tensor)
 
-        executor = Executor[Batch](self.stage, criterion, axis=self.mesh.pipeline, device=self.device)
-        statistics = executor.run(self._program(schedule, len(batches)), batches)
+        executor = Executor[Batch](
+            self.chunks,
+            criterion,
+            placement=self._passes.placement,
+            axis=self.mesh.pipeline,
+            upstream=self.mesh.upstream,
+            device=self.device,
+        )
+        statistics = executor.run(program, batches, loss_scale=loss_scale)
         totals = torch.zeros(_NUM_STATISTICS + 2, dtype=torch.float64, device=self.device)
         for values in statistics:
             totals[:_NUM_STATISTICS] += values
@@ -160,15 +161,6 @@ class Trainer:
         sum_over_(sum_over_(totals, self.mesh.data), self.mesh.pipeline)
         tokens, positions = map(int, totals[_NUM_STATISTICS:].tolist())
         return losses_of_step(totals[:_NUM_STATISTICS], counts), Work(tokens, positions)
-
-    def _program(self, schedule: str, num_microbatches: int) -> Program:
-        key = schedule, num_microbatches
-        if key not in self._programs:
-            pipeline = self.mesh.pipeline
-            of_all_stages = programs(schedule, pipeline.size, num_microbatches)
-            check_messages(of_all_stages)
-            self._programs[key] = of_all_stages[pipeline.rank]
-        return self._programs[key]
 
     def _held_out_batches(self) -> list[Batch]:
         if self._held_out is None:
@@ -199,18 +191,6 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         return self.steps_done % every == 0 or self.steps_done == self.pace.steps
 
-    def _require_finite(self, losses: Losses, norm: float) -> None:
-        """Stop before the weights move; all ranks hold the same numbers and so decide alike."""
-        if math.isfinite(losses.loss) and math.isfinite(norm):
-            return
-        first = self.samples_done
-        raise TrainingError(
-            f"step {self.steps_done + 1}: loss {losses.loss}, gradient norm {norm}; both must be finite. The "
-            f"weights are those after step {self.steps_done}; the step's samples are {first} to "
-            f"{first + self.pace.global_batch - 1}. Lower optimizer.learning_rate, lengthen "
-            "optimizer.warmup_steps, or look at these samples"
-        )
-
 
 def _loss_fields(losses: Losses) -> dict[str, float | int | str]:
     return {"loss": losses.loss, **asdict(losses)}
@@ -221,12 +201,14 @@ def _record(report: StepReport, seconds: deque[float], steps: int) -> dict[str, 
         "step": report.step,
         "samples": report.samples,
         **_loss_fields(report.losses),
-        "grad_norm": report.grad_norm,
-        "learning_rate": report.learning_rate,
+        "grad_norm": report.update.grad_norm,
+        "learning_rate": report.update.learning_rate,
         "tokens": report.work.tokens,
         "tokens_per_second": report.work.tokens / seconds[-1],
         "padding": 1 - report.work.tokens / report.work.positions,
         "seconds": seconds[-1],
         "data_seconds": report.data_seconds,
         "seconds_left": (steps - report.step) * median(seconds),
+        "loss_scale": report.update.loss_scale,
+        "skipped": int(report.update.is_skipped),
     }

@@ -1,8 +1,9 @@
 """Small models saved at simulated layouts: every rank's part of the work is done in this one process."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -50,14 +51,17 @@ def stages(shape: ModelShape, *, tensor: int = 1, pipeline: int = 1, seed: int =
     return made
 
 
-def held(stage: MegatronBertStage, kinds: tuple[str, ...] = ("weight",)) -> list[Rectangle]:
+def held(
+    stage: MegatronBertStage, kinds: tuple[str, ...] = ("weight",), *, owner: int = 0, num_owners: int = 1
+) -> list[Rectangle]:
     """What a rank hands in; moments are made from the weights so that every value is told apart."""
-    return [part for kind in kinds for part in rectangles(stage.parts(), kind, moment(kind))]
+    parts = [part.owned_by(owner, num_owners) for part in stage.parts()]
+    return [row for kind in kinds for row in rectangles(kind, moments(parts, kind))]
 
 
-def moment(kind: str) -> Callable[[Part], torch.Tensor]:
+def moments(parts: Sequence[Part], kind: str) -> list[tuple[Part, torch.Tensor]]:
     factor = {"weight": 1, "exp_avg": 2, "exp_avg_sq": 3}[kind]
-    return lambda part: part.parameter.detach() * factor
+    return [(part, part.view(part.parameter.detach()) * factor) for part in parts]
 
 
 def save(
@@ -67,21 +71,23 @@ def save(
     *,
     tensor: int = 1,
     pipeline: int = 1,
+    num_owners: int = 1,
     kinds: tuple[str, ...] = ("weight",),
     attachments: dict[str, Path] | None = None,
     facts: dict[str, object] | None = None,
     keep_last: int = 2,
     seed: int = 3,
 ) -> Path:
-    """Checkpoint of a model with initial weights, written by tensor x pipeline ranks one after another."""
+    """Checkpoint of a model with initial weights, written by pipeline x owner x tensor ranks one after another."""
     prepare_directory(root, step)
     ranks = stages(shape, tensor=tensor, pipeline=pipeline, seed=seed)
-    for rank, stage in enumerate(ranks):
-        write_rectangles(partial_directory(root, step), rank, held(stage, kinds))
+    for rank, (stage, owner) in enumerate(product(ranks, range(num_owners))):
+        rows = held(stage, kinds, owner=owner, num_owners=num_owners)
+        write_rectangles(partial_directory(root, step), rank, rows)
     return commit_checkpoint(
         root,
         step,
-        len(ranks),
+        len(ranks) * num_owners,
         facts={"model": asdict(shape), **(facts or {})},
         attachments=attachments or {},
         keep_last=keep_last,

@@ -8,11 +8,10 @@ import pytest
 from megatron_bert_tp.config.kinds import is_optional, name_of
 from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.config.settings import all_settings
+from tests.config.bad_optimizer_settings import BAD_OPTIMIZER, INTEGER, NUMBER
 
 Complaint = Callable[..., str]
 
-INTEGER = "must be an integer"
-NUMBER = "must be a number"
 TRUTH = "must be true or false"
 TEXT = "must be text"
 
@@ -124,33 +123,7 @@ BAD = [
     ("objective.masking.span_stop", "0", "must be above 0"),
     ("objective.masking.span_stop", "1", "below 1"),
     ("objective.masking.maximum", "0", "must be at least 1"),
-    ("optimizer.name", "sgd", "must be adamw"),
-    ("optimizer.name", "AdamW", "must be adamw"),
-    ("optimizer.global_batch", "0", "must be at least 1"),
-    ("optimizer.global_batch", "60", "multiple of 8"),
-    ("optimizer.steps", "0", "must be at least 1"),
-    ("optimizer.steps", "1e6", INTEGER),
-    ("optimizer.steps", "100.5", INTEGER),
-    ("optimizer.learning_rate", "0", "must be above 0"),
-    ("optimizer.learning_rate", "-1e-4", "must be above 0"),
-    ("optimizer.learning_rate", "'1e-4'", NUMBER),
-    ("optimizer.learning_rate", "1e-4e", NUMBER),
-    ("optimizer.learning_rate", ".inf", "finite"),
-    ("optimizer.final_learning_rate", "-1", "must be at least 0"),
-    ("optimizer.final_learning_rate", "2e-4", "must not be above optimizer.learning_rate (0.0001)"),
-    ("optimizer.warmup_steps", "-1", "must be at least 0"),
-    ("optimizer.warmup_steps", "101", "must not be above optimizer.steps (100)"),
-    ("optimizer.beta1", "1", "below 1"),
-    ("optimizer.beta1", "[0.9, 0.98]", NUMBER),
-    ("optimizer.beta2", "-0.1", "must be at least 0"),
-    ("optimizer.epsilon", "0", "must be above 0"),
-    ("optimizer.weight_decay", "-0.01", "must be at least 0"),
-    ("optimizer.clip_norm", "-1", "must be at least 0"),
-    ("optimizer.clip_norm", "null", NUMBER),
-    ("optimizer.precision", "bf16", "must be float32 or float64"),
-    ("optimizer.precision", "32", "must be float32 or float64"),
-    ("optimizer.seed", "-1", "must be at least 0"),
-    ("optimizer.seed", "9223372036854775808", "63 bits"),
+    *BAD_OPTIMIZER,
     ("parallel.tensor", "0", "must be at least 1"),
     ("parallel.tensor", "3", "must divide model.num_attention_heads (4)"),
     ("parallel.tensor", "5", "must divide model.intermediate_size (96)"),
@@ -187,6 +160,7 @@ BAD = [
     ("run.log_every", "0", "must be at least 1"),
     ("run.device", "gpu", "must be auto, cpu or cuda"),
     ("run.device", "CPU", "must be auto, cpu or cuda"),
+    ("run.fused", "cuda", "must be torch or apex"),
     ("run.timeout_seconds", "0", "must be above 0"),
     ("run.timeout_seconds", "10 minutes", NUMBER),
 ]

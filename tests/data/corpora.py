@@ -1,5 +1,7 @@
 """Corpora whose every token tells where it stands, and batches over a whole corpus."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from megatron_bert_tp.config.schema import MaskingConfig
@@ -46,6 +48,16 @@ def make_source(corpus: Corpus, documents: np.ndarray | None = None, **changes) 
     return SampleSource([corpus], [spans], "training", SourceSettings(split=(1.0, 0.0, 0.0), **values))
 
 
+@dataclass(frozen=True)
+class Even:
+    """Steps of one size; a class, because worker processes get it pickled."""
+
+    size: int
+
+    def __call__(self, _samples_done: int) -> int:
+        return self.size
+
+
 def make_batches(
     corpus: Corpus,
     vocabulary: Vocabulary,
@@ -62,7 +74,7 @@ def make_batches(
         sequence_length=changes.get("sequence_length", 64),
         masking=masking or MaskingConfig(),
         seed=changes.get("seed", 1234),
-        global_batch=16,
+        size_of=Even(16),
         cutting=cutting or Cutting(packing="none", size=4),
     )
 

@@ -85,7 +85,7 @@ def load(read: Reader, shape: ModelShape, head: Head, layout: tuple[int, int], d
 def save(root: Path, made: list[MegatronBertStage]) -> None:
     prepare_directory(root, 1)
     for rank, stage in enumerate(made):
-        held = rectangles(stage.parts(), "weight", lambda part: part.parameter)
+        held = rectangles("weight", [(part, part.view(part.parameter)) for part in stage.parts()])
         write_rectangles(partial_directory(root, 1), rank, held)
     facts = {MODEL: asdict(made[0].shape), ARCHITECTURE: made[0].head.architecture}
     commit_checkpoint(root, 1, len(made), facts=facts, attachments={}, keep_last=1)

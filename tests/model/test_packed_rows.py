@@ -14,6 +14,7 @@ from megatron_bert_tp.model.stage import MegatronBertStage, PretrainingLogits
 from megatron_bert_tp.parallel.mesh import Axis
 from megatron_bert_tp.parallel.random_bits import Place, RandomBits
 from megatron_bert_tp.pipeline.partition import partition
+from tests.model.stages import packed
 from tests.support import ODD_SHAPE, make_batch, with_dropout
 
 # Longer than what lengths are rounded up to, so that there are several groups, with padding and without.
@@ -28,26 +29,6 @@ SHAPES = {
 }
 # Sums of some hundred numbers near 1 in another order, in float64.
 EXACT = 1e-12
-
-
-def packed(batch: Batch, lengths: tuple[int, ...], *, padding: int) -> Batch:
-    """The samples of ``batch`` one behind another, by a loop over them."""
-    width = batch.input_ids.shape[1]
-    places = [(row, column) for row, length in enumerate(lengths) for column in range(length)]
-
-    def row(values: Tensor) -> Tensor:
-        return torch.tensor([[values[place].item() for place in places] + [0] * padding])
-
-    place_of = {r * width + c: n for n, (r, c) in enumerate(places)}
-    return replace(
-        batch,
-        input_ids=row(batch.input_ids),
-        token_type_ids=row(batch.token_type_ids),
-        attention_mask=None,
-        masked_positions=torch.tensor([place_of[p] for p in batch.masked_positions.tolist()]),
-        packed_lengths=lengths,
-        position_ids=torch.tensor([[c for _, c in places] + [0] * padding]),
-    )
 
 
 def built(shape: ModelShape, head: Head = PRETRAINING) -> MegatronBertStage:

@@ -14,16 +14,23 @@ from torch import Tensor
 import megatron_bert_tp
 from megatron_bert_tp.family.config import MegatronBertConfig
 from megatron_bert_tp.model.initialisation import initialise_
-from megatron_bert_tp.model.shape import HEADS, ModelShape
+from megatron_bert_tp.model.shape import HEADS, ModelShape, tensor_shapes
 from megatron_bert_tp.model.stage import MegatronBertStage
 from megatron_bert_tp.objectives.tasks import count_labels, loss_of_step, task_loss, terms_of
 from megatron_bert_tp.parallel.collectives import sum_over_
-from megatron_bert_tp.parallel.gradients import sum_tied_
-from megatron_bert_tp.pipeline.executor import Executor
 from megatron_bert_tp.pipeline.partition import partition
-from megatron_bert_tp.pipeline.schedule import programs
-from tests.comparison import Piece, gradient_pieces, join, relative_errors
-from tests.support import CPU, IGNORED, ODD_SHAPE, Layout, build_mesh, with_dropout
+from tests.comparison import Piece, gradient_pieces, join, own_piece, relative_errors
+from tests.support import (
+    CPU,
+    IGNORED,
+    ODD_SHAPE,
+    Layout,
+    build_executor,
+    build_gradients,
+    build_mesh,
+    program_of,
+    with_dropout,
+)
 
 SEED = 4
 NUM_ROWS, WIDTH, CHOICES = 12, 11, 3
@@ -154,23 +161,15 @@ def train(case: Case, layout: Layout) -> tuple[float, list[Piece]]:
     cuts = [slice(first, first + size) for first in range(0, NUM_ROWS, size)]
     batches = [rows_of(case, dense_labels(case), cut) for cut in cuts][mesh.data.rank :: mesh.data.size]
     counts = count_labels(terms, batches, mesh.data, CPU)
-    executor = Executor(
-        stage,
-        lambda output, batch: task_loss(terms, output, batch, counts),
-        axis=mesh.pipeline,
-        device=CPU,
-    )
-    program = programs("1f1b", mesh.pipeline.size, len(batches))[mesh.pipeline.rank]
-    statistics = executor.run(program, batches)
+    names = list(tensor_shapes(shape, head))
+    gradients = build_gradients(stage, mesh, names)
+    gradients.begin(len(batches))
+    executor = build_executor(stage, lambda output, batch: task_loss(terms, output, batch, counts), mesh)
+    statistics = executor.run(program_of("1f1b", mesh, len(batches)), batches)
     sums = torch.stack(statistics).sum(0) if statistics else torch.zeros(len(terms), dtype=torch.float64)
     sum_over_(sum_over_(sums, mesh.pipeline), mesh.data)
-    for part in {id(part.parameter): part for part in stage.parts()}.values():
-        if part.parameter.grad is not None:
-            sum_over_(part.parameter.grad, mesh.data)
-    tied = stage.tied()
-    if tied is not None:
-        sum_tied_(tied, mesh.tied)
-    return loss_of_step(terms, sums, counts), gradient_pieces(stage.parts())
+    gradients.reduce_and_norm()
+    return loss_of_step(terms, sums, counts), [own_piece(part, gradient) for part, gradient in gradients.own]
 
 
 def truth(case: Case) -> tuple[float, dict[str, Tensor]]:

@@ -28,7 +28,7 @@ HIDDEN = RECIPE.shape.hidden_size
 NUM_TENSORS = len(tensor_shapes(RECIPE.shape))
 # Two losses, two numbers of hits, and the tokens.
 NUM_STATISTICS = 6
-AXES = ("data", "pipeline", "tensor", "tied")
+AXES = ("data", "pipeline", "tensor", "tied", "upstream")
 OTHERS = (
     "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "all_to_all_single", "barrier",
     "broadcast", "broadcast_object_list", "gather", "gather_object", "monitored_barrier",

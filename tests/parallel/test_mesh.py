@@ -10,7 +10,7 @@ from megatron_bert_tp.parallel.mesh import Axis, MeshShape, ParallelMesh
 from tests.support import TIMEOUT, Layout, build_mesh
 
 SHAPES = [MeshShape(p, d, t) for p in (1, 2, 3, 4) for d in (1, 2, 3) for t in (1, 2, 4)]
-AXES = ("data", "pipeline", "tensor", "tied")
+AXES = ("data", "pipeline", "tensor", "tied", "upstream")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -115,6 +115,45 @@ def test_samples_of_a_batch_are_drawn_apart():
         assert torch.equal(both[row], alone[0])
 
 
+ROWS, SEQUENCE, FEATURES = 3, 5, 6
+RUNS = [range(8), range(4, 8), range(3, 4), range(5, 15), range(14, 19), range(15, 20)]
+
+
+@pytest.mark.parametrize("lengths", [None, (4, 7, 2)], ids=["rows", "packed"])
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_lanes_of_a_run_of_tokens_are_the_slice_of_the_whole(lengths, run):
+    bits = RandomBits(SEED, (8, 4, 9), lengths)
+    sequence = SEQUENCE if lengths is None else ROWS * SEQUENCE
+    whole = bits.hidden(2, PLACE, positions=sequence, features=FEATURES).view(-1, FEATURES)
+    found = bits.of_run(run, sequence=sequence).hidden(2, PLACE, positions=len(run), features=FEATURES)
+    assert found.shape == (1, len(run), FEATURES)
+    inside = whole[run.start : run.stop]
+    assert torch.equal(found[0, : len(inside)], inside)
+    assert (found[0, len(inside) :] == 32767).all(), "padding is kept"
+
+
+def test_a_run_of_half_of_the_tokens_draws_half_of_the_lanes(monkeypatch):
+    drawn = []
+    lanes = RandomBits.lanes
+
+    def counted(self, sample, **options):
+        drawn.append(options["count"])
+        return lanes(self, sample, **options)
+
+    monkeypatch.setattr(RandomBits, "lanes", counted)
+    bits = RandomBits(SEED, (8, 4, 9)).of_run(range(8), sequence=SEQUENCE)
+    bits.hidden(2, PLACE, positions=8, features=FEATURES)
+    assert drawn == [5 * FEATURES, 3 * FEATURES]
+
+
+def test_attention_and_the_bits_of_samples_know_nothing_of_a_run():
+    bits = RandomBits(SEED, (8, 4, 9))
+    split = bits.of_run(range(8), sequence=SEQUENCE)
+    sizes = {"heads": range(2), "positions": SEQUENCE, "max_positions": 7}
+    assert torch.equal(split.attention(1, **sizes), bits.attention(1, **sizes))
+    assert split.of_samples() == bits
+
+
 def test_seed_sample_layer_and_place_all_change_the_bits():
     base = {"seed": SEED, "sample": 1, "layer": 1, "place": Place.ATTENTION_OUTPUT}
     changes = [{}, {"seed": SEED + 1}, {"sample": 2}, {"layer": 2}, {"place": Place.MLP_OUTPUT}]

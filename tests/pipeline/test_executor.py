@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ from megatron_bert_tp.data.batch import Batch
 from megatron_bert_tp.model.stage import MegatronBertStage, PretrainingLogits
 from megatron_bert_tp.objectives.pretraining import Counts, count, microbatch_loss
 from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
+from megatron_bert_tp.parallel.weight_gradients import WeightGradients
 from megatron_bert_tp.pipeline.executor import Executor
-from megatron_bert_tp.pipeline.schedule import Await, Compute, Launch, Phase, Transfer
+from megatron_bert_tp.pipeline.instructions import Await, Compute, Launch, Phase, Transfer
+from megatron_bert_tp.pipeline.placement import straight
 from tests.comparison import Piece, gradient_pieces, join
 from tests.support import (
     CPU,
@@ -32,7 +34,7 @@ from tests.support import (
 )
 
 RECIPE = Recipe(shape=with_dropout(ODD_SHAPE))
-PIPELINES = [Layout(pipeline=p, schedule=s) for p in (2, 4) for s in ("1f1b", "gpipe")]
+PIPELINES = [Layout(pipeline=p, schedule=s) for p in (2, 4) for s in ("1f1b", "gpipe", "zb-h1")]
 # The same products in the same order: only torch's handling of messages lies between.
 TOLERANCE = 1e-12
 
@@ -183,27 +185,13 @@ class Wrapped:
 
     compute: Callable[[Tensor], Tensor]
     dtype: torch.dtype = torch.float64
+    weight_gradients: WeightGradients = field(default_factory=WeightGradients)
 
     def __call__(self, received: Tensor, _batch: None) -> Tensor:
         return self.compute(received)
 
     def boundary_shape(self, _batch: None) -> tuple[int, ...]:
         return (2, 3)
-
-
-def run_last_stage(
-    stage: Wrapped, monkeypatch: pytest.MonkeyPatch, *, num_messages: int, num_handles: int
-) -> None:
-    """A forward and a backward of the last stage whose messages arrive at once."""
-    handle = Work()
-    monkeypatch.setattr(dist, "P2POp", lambda *_arguments: None)
-    monkeypatch.setattr(dist, "batch_isend_irecv", lambda _operations: [handle] * num_handles)
-    executor = Executor(
-        stage, lambda output, _batch: (output.sum(), output), axis=Axis("pipeline", (0, 1), 1), device=CPU
-    )
-    transfers = tuple(Transfer(Phase.FORWARD, number, 0, 0, 1) for number in range(num_messages))
-    passes = (Compute(Phase.FORWARD, 0), Compute(Phase.BACKWARD, 0))
-    executor.run((Launch(transfers), Await(transfers), *passes), [None] * num_messages)
 
 
 class Work:
@@ -213,22 +201,22 @@ class Work:
         pass
 
 
-@pytest.mark.parametrize(("num_messages", "num_handles"), [(1, 1), (2, 2), (3, 1)])
-def test_one_handle_for_all_messages_or_one_for_each(monkeypatch, num_messages, num_handles):
-    run_last_stage(Wrapped(torch.exp), monkeypatch, num_messages=num_messages, num_handles=num_handles)
-
-
-@pytest.mark.parametrize("num_handles", [0, 2, 4])
-def test_any_other_number_of_handles_is_noticed(monkeypatch, num_handles):
-    with pytest.raises(AssertionError, match=f"{num_handles} handles for 3 messages"):
-        run_last_stage(Wrapped(torch.exp), monkeypatch, num_messages=3, num_handles=num_handles)
-
-
 def test_a_stage_that_does_not_use_what_it_received_is_noticed(monkeypatch):
+    """The last of two stages, whose messages arrive at once."""
     weight = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
-    stage = Wrapped(lambda received: weight * received.detach())
+    monkeypatch.setattr(dist, "irecv", lambda *_arguments: Work())
+    executor = Executor(
+        [Wrapped(lambda received: weight * received.detach())],
+        lambda output, _batch: (output.sum(), output),
+        placement=straight(2),
+        axis=Axis("pipeline", (0, 1), 1),
+        upstream=Axis("upstream", (0, 1), 1),
+        device=CPU,
+    )
+    transfers = (Transfer(Phase.FORWARD, 0, 0, 0, 1),)
+    passes = (Compute(Phase.FORWARD, 0), Compute(Phase.BACKWARD, 0))
     with pytest.raises(AssertionError, match="does not use what it received"):
-        run_last_stage(stage, monkeypatch, num_messages=1, num_handles=1)
+        executor.run((Launch(transfers), Await(transfers), *passes), [None])
 
 
 class _Held(torch.autograd.Function):
