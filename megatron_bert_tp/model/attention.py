@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_bert_tp.model.context import Attended, Context, KeysValues
 from megatron_bert_tp.model.dot_product import attend, attend_openly, distance_scores
+from megatron_bert_tp.model.dropout import dropout_add_of
 from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.parallel.collectives import copy_to
 from megatron_bert_tp.parallel.linear import (
@@ -19,8 +20,11 @@ from megatron_bert_tp.parallel.linear import (
     share_of,
 )
 from megatron_bert_tp.parallel.mesh import Axis
-from megatron_bert_tp.parallel.random_bits import Place, RandomBits, dropout_add, dropped_share, keep_mask
+from megatron_bert_tp.parallel.random_bits import Place, RandomBits, dropped_share, keep_mask
 from megatron_bert_tp.parallel.replicated import LayerNorm
+from megatron_bert_tp.parallel.triton_attention import LARGEST_HEAD, PairBits
+from megatron_bert_tp.parallel.triton_attention import attend as attend_in_kernels
+from megatron_bert_tp.parallel.triton_dropout import TokenBits
 
 
 class _Heads(nn.Module):
@@ -131,18 +135,15 @@ class SelfAttention(_Heads):
         if segments is None:
             return self._of_rows(projected, context)
         assert context.is_plain, "what attention leaves behind has no place in a packed row"
-        parts = zip(segments.spread(projected), segments.groups, strict=True)
-        return Attended(
-            segments.join([self._of_rows(part, context.of_group(group)).hidden for part, group in parts])
-        )
+        parts = zip(segments.spread(projected), context.of_groups(), strict=True)
+        return Attended(segments.join([self._of_rows(part, group).hidden for part, group in parts]))
 
     def _of_rows(self, projected: Tensor, context: Context) -> Attended:
         """Attention within each row of ``[batch, sequence, 3 hidden / size]``."""
         projected = projected.unflatten(-1, (3, len(self.heads), self.head_size))
         packed = projected.permute(2, 0, 3, 1, 4).contiguous()
         if context.is_plain and self.distance_embedding is None:
-            keep = self._keep(context.bits, packed[0], first_query=0, keys=packed.shape[3])
-            return Attended(_joined(attend(packed, self._own_heads(context.mask), keep, self.probability)))
+            return Attended(_joined(self._in_one_go(packed, context)))
         query, key, value = packed
         first_query = 0
         if context.past is not None:
@@ -152,6 +153,26 @@ class SelfAttention(_Heads):
         return self.attend(
             query, KeysValues(key, value), context, mask=context.mask, first_query=first_query
         )
+
+    def _in_one_go(self, packed: Tensor, context: Context) -> Tensor:
+        """``[3, batch, heads, sequence, head]`` to ``[batch, heads, sequence, head]``, nothing kept in between."""
+        mask, pairs = self._own_heads(context.mask), self._pair_bits(context, packed.shape[3])
+        if pairs is None:
+            keep = self._keep(context.bits, packed[0], first_query=0, keys=packed.shape[3])
+            return attend(packed, mask, keep, self.probability)
+        lengths = context.key_lengths
+        mask = mask if lengths is None else None
+        return attend_in_kernels(packed, mask, pairs, probability=self.probability, lengths=lengths)
+
+    def _pair_bits(self, context: Context, positions: int) -> PairBits | None:
+        """The bits where kernels compute attention; without dropout torch's own is the faster one."""
+        if context.bits is None or context.kernel_bits is None or self.head_size > LARGEST_HEAD:
+            return None
+        if dropped_share(self.probability) == 0:
+            return None
+        (samples,) = context.kernel_bits.samples
+        max_positions = max(positions, self.max_positions)
+        return PairBits(context.bits.seed, samples, self.number, self.heads.start, max_positions)
 
 
 class CrossAttention(_Heads):
@@ -192,10 +213,11 @@ class AttentionOutput(nn.Module):
         self.number, self.place, self.probability = number, place, shape.hidden_dropout_prob
         self.dense = RowParallelLinear(shape.hidden_size, shape.hidden_size, axis=axis, dtype=dtype)
 
-    def forward(self, x: Tensor, residual: Tensor, bits: RandomBits | None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, bits: RandomBits | TokenBits | None) -> Tensor:
         """This rank's ``[batch, sequence, hidden / size]`` to ``[batch, sequence, hidden]``."""
-        return dropout_add(
-            self.dense(x),
+        return dropout_add_of(
+            self.dense,
+            x,
             residual,
             bits,
             probability=self.probability,
@@ -220,7 +242,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Attended:
         """``[batch, sequence, hidden]`` to the same shape."""
         attended: Attended = self.self(self.ln(x), context)
-        return replace(attended, hidden=self.output(attended.hidden, x, context.bits))
+        return replace(attended, hidden=self.output(attended.hidden, x, context.hidden_bits))
 
 
 def _joined(heads: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_bert_tp.model.segments import Group, Segments
+from megatron_bert_tp.model.segments import Segments
 from megatron_bert_tp.parallel.random_bits import RandomBits
 from megatron_bert_tp.parallel.token_runs import TokenRuns
+from megatron_bert_tp.parallel.triton_dropout import KernelBits, TokenBits
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Context:
     samples, and the masks are the segments' own.  With ``tokens`` hidden states between the sharded products are
     this rank's run ``[1, tokens / size, hidden]``.  ``recomputes_attention`` lets a layer keep queries, keys and
     values, and compute what follows from them again in the backward.
+
+    With ``kernel_bits`` kernels draw the same bits where they are used; what has no kernel reads ``bits``.
+    Where the mask says no more than how many keys a row has, ``key_lengths`` ``[batch]`` say it too.
     """
 
     mask: Tensor | None = None
@@ -52,6 +56,8 @@ class Context:
     past: tuple[LayerCache, ...] | None = None
     segments: Segments | None = None
     tokens: TokenRuns | None = None
+    kernel_bits: KernelBits | None = None
+    key_lengths: Tensor | None = None
     recomputes_attention: bool = False
     keeps_hidden: bool = False
     keeps_probabilities: bool = False
@@ -68,10 +74,27 @@ class Context:
             self.past is not None and self.past[number].cross is not None
         )
 
-    def of_group(self, group: Group) -> "Context":
-        """The same for the samples of one group, each in a row of its own."""
-        bits = None if self.bits is None else self.bits.of_samples(group.samples)
-        return replace(self, mask=group.mask, bits=bits, segments=None)
+    @property
+    def hidden_bits(self) -> RandomBits | TokenBits | None:
+        """The bits for dropout of hidden states, which also say who computes it."""
+        return self.bits if self.kernel_bits is None else self.kernel_bits.tokens
+
+    def of_groups(self) -> tuple["Context", ...]:
+        """The same for the samples of each group of the segments, which stand in rows of their own."""
+        assert self.segments is not None
+        return tuple(self._of_group(number) for number in range(len(self.segments.groups)))
+
+    def _of_group(self, number: int) -> "Context":
+        assert self.segments is not None
+        group = self.segments.groups[number]
+        return replace(
+            self,
+            mask=group.mask,
+            bits=None if self.bits is None else self.bits.of_samples(group.samples),
+            kernel_bits=None if self.kernel_bits is None else self.kernel_bits.of_group(number),
+            key_lengths=group.key_lengths,
+            segments=None,
+        )
 
     def whole(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[batch, sequence, hidden]`` on every rank."""

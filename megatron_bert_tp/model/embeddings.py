@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor, nn
 
+from megatron_bert_tp.model.dropout import dropout_add
 from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.parallel.embedding import VocabParallelEmbedding
 from megatron_bert_tp.parallel.mesh import Axis
-from megatron_bert_tp.parallel.random_bits import Place, RandomBits, dropout_add
+from megatron_bert_tp.parallel.random_bits import Place, RandomBits
 from megatron_bert_tp.parallel.replicated import ReplicatedEmbedding
 from megatron_bert_tp.parallel.token_runs import TokenRuns
+from megatron_bert_tp.parallel.triton_dropout import TokenBits
 
 
 class Embeddings(nn.Module):
@@ -30,7 +32,7 @@ class Embeddings(nn.Module):
         self,
         words: Tensor,
         token_type_ids: Tensor,
-        bits: RandomBits | None,
+        bits: RandomBits | TokenBits | None,
         *,
         position_ids: Tensor | None = None,
     ) -> Tensor:
@@ -52,7 +54,7 @@ class Embeddings(nn.Module):
         self,
         ids: Tensor,
         token_type_ids: Tensor,
-        bits: RandomBits | None,
+        bits: RandomBits | TokenBits | None,
         *,
         tokens: TokenRuns,
         position_ids: Tensor | None = None,

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bert_tp.model.activations import ACTIVATION_FUNCTIONS
+from megatron_bert_tp.model.dropout import dropout_add
 from megatron_bert_tp.model.shape import Head, ModelShape
 from megatron_bert_tp.parallel.linear import VocabParallelProjection
 from megatron_bert_tp.parallel.mesh import Axis
-from megatron_bert_tp.parallel.random_bits import Place, RandomBits, dropout_add
+from megatron_bert_tp.parallel.random_bits import Place, RandomBits
 from megatron_bert_tp.parallel.replicated import HeadLayerNorm
 from megatron_bert_tp.parallel.sharding import Sharding, padded_share
+from megatron_bert_tp.parallel.triton_dropout import TokenBits
 
 
 class Pooler(nn.Module):
@@ -75,7 +77,9 @@ class LanguageHeads(nn.Module):
             self.seq_relationship = nn.Linear(shape.hidden_size, 2, dtype=dtype)
 
 
-def classify(linear: nn.Module, states: Tensor, bits: RandomBits | None, probability: float) -> Tensor:
+def classify(
+    linear: nn.Module, states: Tensor, bits: RandomBits | TokenBits | None, probability: float
+) -> Tensor:
     """Dropout, then the linear layer: ``[batch, hidden]`` or ``[batch, sequence, hidden]`` to logits."""
     rows = states if states.dim() == 3 else states[:, None]
     dropped = dropout_add(rows, None, bits, probability=probability, layer=0, place=Place.CLASSIFIER)

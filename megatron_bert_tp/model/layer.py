@@ -7,11 +7,13 @@ from megatron_bert_tp.errors import ConfigError
 from megatron_bert_tp.model.activations import ACTIVATION_FUNCTIONS
 from megatron_bert_tp.model.attention import AttentionBlock
 from megatron_bert_tp.model.context import Attended, Context, Kept, LayerCache
+from megatron_bert_tp.model.dropout import dropout_add_of
 from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_bert_tp.parallel.mesh import Axis
-from megatron_bert_tp.parallel.random_bits import Place, RandomBits, dropout_add
+from megatron_bert_tp.parallel.random_bits import Place, RandomBits
 from megatron_bert_tp.parallel.replicated import LayerNorm
+from megatron_bert_tp.parallel.triton_dropout import TokenBits
 
 
 class Intermediate(nn.Module):
@@ -37,11 +39,11 @@ class Output(nn.Module):
         self.number, self.probability = number, shape.hidden_dropout_prob
         self.dense = RowParallelLinear(shape.intermediate_size, shape.hidden_size, axis=axis, dtype=dtype)
 
-    def forward(self, x: Tensor, residual: Tensor, bits: RandomBits | None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, bits: RandomBits | TokenBits | None) -> Tensor:
         """This rank's ``[..., intermediate / size]`` to ``[..., hidden]``."""
         place = Place.MLP_OUTPUT
-        return dropout_add(
-            self.dense(x), residual, bits, probability=self.probability, layer=self.number, place=place
+        return dropout_add_of(
+            self.dense, x, residual, bits, probability=self.probability, layer=self.number, place=place
         )
 
 
@@ -66,7 +68,7 @@ class Layer(nn.Module):
         own: Attended = self.attention(x, context)
         cross = self._look_at_encoder(own.hidden, context)
         hidden = own.hidden if cross is None else cross.hidden
-        output: Tensor = self.output(self.intermediate(self.ln(hidden)), hidden, context.bits)
+        output: Tensor = self.output(self.intermediate(self.ln(hidden)), hidden, context.hidden_bits)
         return output, _kept(own, cross, context)
 
     def _look_at_encoder(self, x: Tensor, context: Context) -> Attended | None:

@@ -38,6 +38,8 @@ class Group:
     """Positions of every row, padding included."""
     mask: Tensor | None
     """Additive attention mask ``[rows, 1, 1 or length, length]``; None where every query sees every key."""
+    key_lengths: Tensor | None
+    """``[rows]`` int64 tokens of each sample, where the mask says no more than that; None without a mask."""
 
     @property
     def num_slots(self) -> int:
@@ -67,7 +69,10 @@ class Segments:
             column = np.arange(length)
             is_real = column < sizes[samples, None]
             tokens.append(np.where(is_real, begins[samples, None] + column, _NO_TOKEN).ravel())
-            groups.append(Group(tuple(samples.tolist()), length, _mask(is_real, is_causal=is_causal, like=like)))
+            mask = _mask(is_real, is_causal=is_causal, like=like)
+            is_plain = mask is not None and not is_causal
+            key_lengths = torch.from_numpy(sizes[samples]).to(like.device) if is_plain else None
+            groups.append(Group(tuple(samples.tolist()), length, mask, key_lengths))
         maps = _maps(np.concatenate(tokens), like.shape[1])
         firsts, *on_device = (torch.from_numpy(values).to(like.device) for values in (begins, *maps))
         return cls(firsts, tuple(groups), *on_device)

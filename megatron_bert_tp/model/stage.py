@@ -28,6 +28,7 @@ from megatron_bert_tp.parallel.narrow import is_narrow
 from megatron_bert_tp.parallel.random_bits import RandomBits
 from megatron_bert_tp.parallel.sharding import Part, parts
 from megatron_bert_tp.parallel.token_runs import TokenRuns
+from megatron_bert_tp.parallel.triton_dropout import KernelBits, Kernels, TokenBits
 from megatron_bert_tp.parallel.weight_gradients import WeightGradients
 from megatron_bert_tp.pipeline.partition import StagePlan
 
@@ -104,7 +105,8 @@ class MegatronBertStage(nn.Module):
     (LayerNorms at one): call `model.initialisation.initialise_` or load weights.  With ``splits_sequence`` the
     tensor ranks share out the tokens between the sharded products (Korthikanti et al. 2022), and gradients of
     parts that are ``over_sequence`` are sums over the own tokens.  ``weight_gradients`` can put off those of the
-    linear layers that are split over the axis.
+    linear layers that are split over the axis.  With ``kernels`` ``"triton"`` dropout is computed by kernels that
+    draw the same bits: `triton_dropout.kernels_for` says when.
     """
 
     def __init__(
@@ -118,9 +120,11 @@ class MegatronBertStage(nn.Module):
         dtype: torch.dtype = torch.float32,
         splits_sequence: bool = False,
         recompute: Recompute | None = None,
+        kernels: Kernels = "torch",
     ) -> None:
         super().__init__()
         self.shape, self.plan, self.head, self.seed, self.dtype = shape, plan, head, seed, dtype
+        self.kernels = kernels
         self.axis, self.splits_sequence = axis, splits_sequence and axis.size > 1
         self._check_cross_attention()
         self.bert = Trunk(
@@ -185,18 +189,24 @@ class MegatronBertStage(nn.Module):
         )
         lengths = batch.packed_lengths
         segments = None if lengths is None else Segments.of(lengths, is_causal=is_causal, like=like)
-        if not self.splits_sequence:
-            return Context(mask=mask, bits=bits, segments=segments)
-        tokens = TokenRuns(num_samples, sequence, self.axis)
-        own_bits = None if bits is None else bits.of_run(tokens.own, sequence=sequence)
-        return Context(mask=mask, bits=own_bits, segments=segments, tokens=tokens)
+        tokens = TokenRuns(num_samples, sequence, self.axis) if self.splits_sequence else None
+        if bits is not None and tokens is not None:
+            bits = bits.of_run(tokens.own, sequence=sequence)
+        kernel_bits = self._kernel_bits(bits, segments, like)
+        return Context(mask=mask, bits=bits, segments=segments, tokens=tokens, kernel_bits=kernel_bits)
+
+    def _kernel_bits(self, bits: RandomBits | None, segments: Segments | None, like: Tensor) -> KernelBits | None:
+        if bits is None or self.kernels == "torch":
+            return None
+        groups = None if segments is None else [group.samples for group in segments.groups]
+        return KernelBits.of(bits, like.shape[1], like.device, groups=groups)
 
     def _like(self, batch: StageInput) -> Tensor:
         """An empty tensor with the microbatch's rows and positions, and the model's number format and device."""
         return next(self.parameters()).new_empty((*batch.input_ids.shape, 0))
 
     def _embedded(self, batch: StageInput, context: Context) -> Tensor:
-        given = batch.input_ids, batch.token_type_ids, context.bits
+        given = batch.input_ids, batch.token_type_ids, context.hidden_bits
         embeddings: Embeddings = self.bert.embeddings
         if context.tokens is not None:
             return embeddings.of_run(*given, tokens=context.tokens, position_ids=batch.position_ids)
@@ -226,7 +236,10 @@ class MegatronBertStage(nn.Module):
         """Dropout and the linear layer of the head on pooled ``[batch, hidden]`` or all positions' states."""
         assert self.head.linear is not None
         probability = self.shape.hidden_dropout_prob if self.head.has_dropout else 0.0
-        return classify(self.get_submodule(self.head.linear), states, bits, probability)
+        own: RandomBits | TokenBits | None = bits
+        if bits is not None and self.kernels == "triton":
+            own = TokenBits.of(bits, states.shape[1] if states.dim() == 3 else 1, states.device)
+        return classify(self.get_submodule(self.head.linear), states, own, probability)
 
     def boundary_shape(self, batch: StageInput) -> tuple[int, int, int]:
         """Shape of what one stage sends to the next for this microbatch.

@@ -148,8 +148,15 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """This rank's ``[..., in / size]`` to ``[..., out]``, equal on all ranks."""
+        return self._multiplied(x, self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The same without the bias, for a kernel that adds it with what follows; its gradient is autograd's."""
+        return self._multiplied(x, None)
+
+    def _multiplied(self, x: Tensor, bias: Tensor | None) -> Tensor:
         kind = ScatteredRowProduct if self.splits_sequence else RowProduct
-        product: Tensor = kind.apply(x, self.weight, self.bias, self.axis, self.weight_gradients)
+        product: Tensor = kind.apply(x, self.weight, bias, self.axis, self.weight_gradients)
         return product
 
 

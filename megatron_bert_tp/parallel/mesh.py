@@ -1,4 +1,4 @@
-"""Who talks to whom: an `Axis` for every direction in which work is split, and the mesh of all four.
+"""Who talks to whom: an `Axis` for every direction in which work is split, and the mesh of all of them.
 
 Ranks are laid out ``(pipeline, data, tensor)`` with tensor innermost, so that the tensor axis, which talks
 most, stays inside a node:

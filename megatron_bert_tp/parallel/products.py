@@ -80,11 +80,14 @@ class ColumnProduct(torch.autograd.Function):
 
 
 class RowProduct(torch.autograd.Function):
-    """``sum_r x_r W_r^T + b``: the all-reduce is in the forward, the backward needs no message."""
+    """``sum_r x_r W_r^T + b``: the all-reduce is in the forward, the backward needs no message.
+
+    ``bias`` is None where a kernel adds it later.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, axis: Axis, weights: WeightGradients | None
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, weights: WeightGradients | None
     ) -> Tensor:
         """``[..., in / size]`` to ``[..., out]``."""
         _remember(ctx, x, weight, bias, axis, weights)
@@ -99,12 +102,13 @@ class RowProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = _flat(grads[0])
         grad_x = grad.matmul(weight.to(grad.dtype)).view(x.shape).to(x.dtype)
-        of_leaves = _of_leaves(ctx, partial(_of_linear, x.detach(), grad.detach(), weight.dtype, True))
+        has_bias = ctx.leaves[1] is not None
+        of_leaves = _of_leaves(ctx, partial(_of_linear, x.detach(), grad.detach(), weight.dtype, has_bias))
         return grad_x, *of_leaves, None, None
 
 
-def _add_bias_(product: Tensor, bias: Tensor) -> Tensor:
-    return product.add_(bias.to(product.dtype))
+def _add_bias_(product: Tensor, bias: Tensor | None) -> Tensor:
+    return product if bias is None else product.add_(bias.to(product.dtype))
 
 
 class GatheredColumnProduct(torch.autograd.Function):
@@ -156,7 +160,7 @@ class ScatteredRowProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, axis: Axis, weights: WeightGradients | None
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, weights: WeightGradients | None
     ) -> Tensor:
         """``[1, tokens, in / size]`` to ``[1, tokens / size, out]``."""
         _remember(ctx, x, weight, bias, axis, weights)
@@ -169,10 +173,11 @@ class ScatteredRowProduct(torch.autograd.Function):
         own = _flat(grads[0])
         grad = gather_rows_over(own, ctx.axis)
         grad_x = grad.matmul(weight.to(grad.dtype)).view(x.shape).to(x.dtype)
-        compute = partial(_of_scattered, x.detach(), grad.detach(), own.detach(), weight.dtype)
+        of_bias = None if ctx.leaves[1] is None else own.detach()
+        compute = partial(_of_scattered, x.detach(), grad.detach(), of_bias, weight.dtype)
         return grad_x, *_of_leaves(ctx, compute), None, None
 
 
-def _of_scattered(x: Tensor, grad: Tensor, own: Tensor, dtype: torch.dtype) -> Gradients:
+def _of_scattered(x: Tensor, grad: Tensor, of_bias: Tensor | None, dtype: torch.dtype) -> Gradients:
     grad_weight, _ = _of_linear(x, grad, dtype, False)
-    return grad_weight, own.sum(0).to(dtype)
+    return grad_weight, None if of_bias is None else of_bias.sum(0).to(dtype)

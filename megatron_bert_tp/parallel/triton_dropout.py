@@ -3,8 +3,10 @@
 The backward draws the bits again, so nothing is stored but which token is which.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +18,9 @@ from megatron_bert_tp.parallel.random_bits import LANES, Place, RandomBits, drop
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Number formats of the kernels; all compute in float32."""
+
+Kernels = Literal["torch", "triton"]
+"""Who computes dropout: torch, with bits that are drawn on the host, or the kernels, which draw them."""
 
 NO_POSITION = -1
 _BLOCK_COLUMNS = 256
@@ -54,6 +59,38 @@ class TokenBits:
     def of_tokens(self, tokens: slice) -> "TokenBits":
         """The bits of some of the tokens."""
         return TokenBits(self.seed, self.samples[tokens], self.positions[tokens])
+
+
+@dataclass(frozen=True)
+class KernelBits:
+    """What kernels read to draw the bits of one microbatch: made once for it, and used by all layers."""
+
+    tokens: TokenBits
+    """Of the hidden states that this rank has."""
+    samples: tuple[Tensor, ...]
+    """Sample numbers ``[rows]`` int64 of each group of rows that attention computes together."""
+
+    @classmethod
+    def of(
+        cls,
+        bits: RandomBits,
+        positions: int,
+        device: torch.device,
+        *,
+        groups: Sequence[tuple[int, ...]] | None = None,
+    ) -> "KernelBits":
+        """The bits of hidden states as `TokenBits.of` has them, and of all samples in one group.
+
+        ``groups`` are the places of the samples of each group, where attention has several.
+        """
+        chosen = [range(len(bits.samples))] if groups is None else groups
+        numbers = torch.tensor([bits.samples[place] for group in chosen for place in group], dtype=torch.int64)
+        samples = numbers.to(device, non_blocking=True).split([len(group) for group in chosen])
+        return cls(TokenBits.of(bits, positions, device), tuple(samples))
+
+    def of_group(self, number: int) -> "KernelBits":
+        """The same with one group alone."""
+        return replace(self, samples=(self.samples[number],))
 
 
 @dataclass(frozen=True)
@@ -160,3 +197,13 @@ def check_dtype(x: Tensor) -> None:
     if x.dtype not in FUSED_DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FUSED_DTYPES)
         raise ArgumentError(f"dropout on a GPU computes in {names}, not in {x.dtype}; set optimizer.precision")
+
+
+def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The kernels on CUDA, in one of `FUSED_DTYPES`, where the package triton is installed; else torch.
+
+    With torch on CUDA the bits are the same and are drawn on the host, which takes far longer than the rest of
+    a step: a caller that gets this for a CUDA device says so to its user.
+    """
+    is_fused = device.type == "cuda" and dtype in FUSED_DTYPES and find_spec("triton") is not None
+    return "triton" if is_fused else "torch"

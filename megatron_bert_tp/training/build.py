@@ -24,10 +24,16 @@ from megatron_bert_tp.parallel.collectives import sum_over_
 from megatron_bert_tp.parallel.gradients import Gradients, Reduction
 from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
 from megatron_bert_tp.parallel.ownership import OwnedWeights
+from megatron_bert_tp.parallel.triton_dropout import kernels_for
 from megatron_bert_tp.pipeline.partition import StagePlan, partition, stage_costs
 from megatron_bert_tp.pipeline.placement import Placement
 from megatron_bert_tp.training.failures import telling, together
-from megatron_bert_tp.training.numbers import batch_size, optimizer_numbers, update_numbers
+from megatron_bert_tp.training.numbers import (
+    batch_size,
+    microbatches_of_steps,
+    optimizer_numbers,
+    update_numbers,
+)
 from megatron_bert_tp.training.passes import Passes
 from megatron_bert_tp.training.processes import (
     barrier,
@@ -100,6 +106,7 @@ def build_trainer(
 ) -> Trainer:
     """Stages, optimizer and gradients of one rank, new, from given weights, or as a checkpoint left them."""
     passes = Passes(config.parallel)
+    passes.check_batches(microbatches_of_steps(config, mesh.data.size))
     chunks = _chunks(config, mesh, passes.placement, device)
     with together(device):
         fill = weights_source(config, chunks.shape, checkpoint, checks=mesh.is_first)
@@ -127,6 +134,7 @@ def build_trainer(
 def _chunks(config: Config, mesh: ParallelMesh, placement: Placement, device: torch.device) -> Chunks:
     """The empty stages of this rank."""
     shape, plans, parallel = model_shape(config), stage_plans(config), config.parallel
+    dtype = getattr(torch, config.optimizer.precision)
     with device:  # made there: moving a stage would part the two leaves of a tied weight
         chunks = Chunks(
             [
@@ -135,7 +143,8 @@ def _chunks(config: Config, mesh: ParallelMesh, placement: Placement, device: to
                     plans[stage],
                     axis=mesh.tensor,
                     seed=config.optimizer.seed,
-                    dtype=getattr(torch, config.optimizer.precision),
+                    dtype=dtype,
+                    kernels=kernels_for(device, dtype),
                     splits_sequence=parallel.sequence,
                     recompute=Recompute(parallel.recompute, parallel.recompute_every),
                 )
@@ -238,4 +247,5 @@ def _reporter(config: Config, steps_done: int) -> Reporter:
         steps_done=steps_done,
         log_every=config.run.log_every,
         pairs=config.objective.pairs,
+        shows_scale=config.optimizer.precision == "float16",
     )

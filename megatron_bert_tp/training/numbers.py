@@ -1,6 +1,6 @@
 """From the settings of the optimizer to the numbers of a step: its size, rate, decay and loss scale."""
 
-from megatron_bert_tp.config.schema import OptimizerConfig
+from megatron_bert_tp.config.schema import Config, OptimizerConfig
 from megatron_bert_tp.optim.batch_size import BatchRamp, BatchSize
 from megatron_bert_tp.optim.learning_rate import Schedule, schedule_of
 from megatron_bert_tp.optim.loss_scale import LossScaleNumbers
@@ -15,6 +15,15 @@ def batch_size(optimizer: OptimizerConfig) -> BatchSize:
     if ramp.start is None or ramp.increment is None or ramp.samples is None:
         return BatchSize(optimizer.global_batch)
     return BatchSize(optimizer.global_batch, BatchRamp(ramp.start, ramp.increment, ramp.samples))
+
+
+def microbatches_of_steps(config: Config, data_size: int) -> tuple[int, ...] | None:
+    """How many microbatches of a replica the steps of the run may have; None where the samples decide."""
+    microbatch, full, ramp = config.parallel.microbatch, config.optimizer.global_batch, config.optimizer.batch_ramp
+    if config.parallel.packing != "none" or microbatch is None:
+        return None
+    smaller = () if ramp.start is None or ramp.increment is None else range(ramp.start, full, ramp.increment)
+    return tuple(size // (microbatch * data_size) for size in (*smaller, full))
 
 
 def optimizer_numbers(optimizer: OptimizerConfig) -> OptimizerNumbers:

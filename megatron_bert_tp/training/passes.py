@@ -27,6 +27,18 @@ class Passes:
             self.placement = self._file.placement
         self._known: dict[tuple[bool, int], tuple[Program, ...]] = {}
 
+    def check_batches(self, numbers: tuple[int, ...] | None) -> None:
+        """LayoutError where a schedule file does not fit the microbatches that steps may have (None: any)."""
+        if self._file is None:
+            return
+        if numbers is None:
+            raise LayoutError(
+                "parallel.schedule_file is for one number of microbatches, and with parallel.packing that changes "
+                "from step to step; set parallel.packing: none, or take one of the other schedules"
+            )
+        for number in numbers:
+            _check_number(self._file, number)
+
     def training(self, num_microbatches: int, rank: int) -> Program:
         """Forwards and backwards of ``rank``."""
         return self._of(True, num_microbatches)[rank]
@@ -44,7 +56,6 @@ class Passes:
 
     def _make(self, trains: bool, num_microbatches: int) -> tuple[Program, ...]:
         if trains and self._file is not None:
-            _check_number(self._file, num_microbatches)
             return programs_of_orders(self._file.orders, self.placement, overlaps=self._overlaps)
         name = self._schedule if trains else EVALUATION
         return programs(name, self.placement, num_microbatches, overlaps=self._overlaps)

@@ -1,6 +1,7 @@
 """What a run tells: one console line and one JSON record a step, and a bar with the time left."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -34,7 +35,7 @@ class MetricsFile:
 
     def write(self, record: Record) -> None:
         """Append one record."""
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(_line(record))
         self._file.flush()
 
     def close(self) -> None:
@@ -43,20 +44,28 @@ class MetricsFile:
 
 
 def read_records(path: Path) -> list[dict[str, float | int | str]]:
-    """All whole records of a metrics file; a last line that was cut off by a crash is left out."""
+    """All whole records of a metrics file; a last line that was cut off by a crash is left out.
+
+    A number that the file has as null was not finite, and is nan here.
+    """
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     try:
-        return [json.loads(line) for line in lines if line]
+        records = [json.loads(line) for line in lines if line]
     except ValueError as error:
-        raise TrainingError(
-            f"{path}: has a line that is no JSON ({error}); mend or move the file away"
-        ) from error
+        raise TrainingError(f"{path}: has a line that is no JSON ({error}); mend or move the file away") from error
+    return [{key: math.nan if value is None else value for key, value in record.items()} for record in records]
+
+
+def _line(record: Record) -> str:
+    """One line of a metrics file: what is not finite, as JSON has no such numbers, is null."""
+    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def _keep_records(path: Path, steps_done: int) -> list[dict[str, float | int | str]]:
     kept = [record for record in read_records(path) if int(record["step"]) <= steps_done]
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    partial.write_text("".join(map(_line, kept)), encoding="utf-8")
     os.replace(partial, path)
     return kept
 
@@ -73,8 +82,11 @@ class Reporter(AbstractContextManager["Reporter"]):
         steps_done: int,
         log_every: int,
         pairs: str = "nsp",
+        shows_scale: bool = False,
     ) -> None:
-        self._metrics, self._console, self._pairs = metrics, console, pairs
+        """``pairs`` is the sentence-pair task; ``shows_scale`` is set where the loss is scaled."""
+        self._metrics, self._console = metrics, console
+        self._pairs, self._shows_scale = pairs, shows_scale
         self._steps, self._log_every = steps, log_every
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -112,8 +124,8 @@ class Reporter(AbstractContextManager["Reporter"]):
         self._metrics.write({"kind": "step", **record})
         number = int(record["step"])
         self._bar.update(self._task, completed=number)
-        if number % self._log_every == 0 or number == self._steps:
-            self.say(step_line(record, self._steps, self._pairs))
+        if number % self._log_every == 0 or number == self._steps or record["skipped"]:
+            self.say(step_line(record, self._steps, self._pairs, shows_scale=self._shows_scale))
 
     def evaluation(self, record: Record) -> None:
         """Report one evaluation on the held-out part."""
@@ -121,13 +133,13 @@ class Reporter(AbstractContextManager["Reporter"]):
         self.say(evaluation_line(record, self._pairs))
 
 
-def step_line(record: Record, steps: int, pairs: str) -> str:
+def step_line(record: Record, steps: int, pairs: str, *, shows_scale: bool = False) -> str:
     """One step in a line, with the time left at the present speed; ``pairs`` is the sentence-pair task."""
     left = timedelta(seconds=round(float(record["seconds_left"])))
     return (
         f"step {record['step']:>6}/{steps}  loss {record['loss']:.4f}  mlm {record['mlm_loss']:.4f} "
         f"({100 * float(record['mlm_accuracy']):.1f}%){_pair_loss(record, pairs)}  "
-        f"norm {record['grad_norm']:.3f}  rate {record['learning_rate']:.2e}  "
+        f"norm {record['grad_norm']:.3f}  rate {record['learning_rate']:.2e}{_scale(record, shows_scale)}  "
         f"{record['tokens_per_second']:,.0f} tokens/s  data {record['data_seconds']:.2f} s  left {left}"
     )
 
@@ -140,6 +152,12 @@ def evaluation_line(record: Record, pairs: str) -> str:
         f"({100 * float(record['mlm_accuracy']):.1f}%){_pair_loss(record, pairs)}  "
         f"{record['masked']:,} masked tokens{unigram}"
     )
+
+
+def _scale(record: Record, shows_scale: bool) -> str:
+    if not shows_scale:
+        return ""
+    return f"  scale {record['loss_scale']:g}{' overflowed, step skipped' if record['skipped'] else ''}"
 
 
 def _pair_loss(record: Record, pairs: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_bert_tp.checkpoint.directories import latest_checkpoint
 from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.config.environment import LaunchEnvironment
-from megatron_bert_tp.config.schema import Config
+from megatron_bert_tp.config.schema import Config, ParallelConfig
 from megatron_bert_tp.data.samples.source import SampleSource
 from megatron_bert_tp.pipeline.partition import StagePlan
 from megatron_bert_tp.training.resume import changed_settings, samples_at_the_end
@@ -24,13 +24,15 @@ def opening(
 ) -> str:
     """Layout, text, and where the run begins."""
     parallel, mesh = config.parallel, trainer.mesh
+    extras = _switched_on(config)
     layers = ", ".join(str(len(plan.layers)) for plan in plans)
     processes = f"{environment.world_size} process{'es' if environment.world_size > 1 else ''}"
     end = samples_at_the_end(config, steps_done=trainer.steps_done, samples_done=trainer.samples_done)
     return "\n".join(
         [
             f"{processes}: data {mesh.data.size} x pipeline {parallel.pipeline} x tensor {parallel.tensor}; "
-            f"{trainer.device.type}, {config.optimizer.precision}, {parallel.schedule}, layers {layers}",
+            f"{_device(trainer)}, {config.optimizer.precision}, {_schedule(parallel)}, layers {layers}",
+            *([f"with {', '.join(extras)}"] if extras else []),
             *_corpora(trainer.texts.source, end),
             *_beginning(config, trainer.steps_done, checkpoint),
         ]
@@ -57,6 +59,36 @@ def interruption(config: Config, steps_done: int) -> str:
 
 def say_nothing(_text: str) -> None:
     """On all ranks but the first, which says it for them."""
+
+
+def _schedule(parallel: ParallelConfig) -> str:
+    """Name or file of the schedule, and the stages of a rank where they are several."""
+    name = parallel.schedule if parallel.schedule_file is None else f"schedule of {parallel.schedule_file}"
+    return name if parallel.virtual == 1 else f"{name} with {parallel.virtual} stages a rank"
+
+
+def _switched_on(config: Config) -> list[str]:
+    """What is not on unless it is asked for."""
+    parallel = config.parallel
+    where = "" if parallel.recompute_every == 1 else f" in 1 layer of {parallel.recompute_every}"
+    choices = {
+        config.optimizer.name: config.optimizer.name != "adamw",
+        "sequence parallelism": parallel.sequence,
+        "sharded optimizer": parallel.shard_optimizer,
+        "overlapped messages": parallel.overlap_messages,
+        f"{parallel.recompute} recomputation{where}": parallel.recompute != "none",
+        f"packing {parallel.packing}": parallel.packing != "none",
+        "kernels of apex": config.run.fused == "apex",
+    }
+    return [name for name, is_on in choices.items() if is_on]
+
+
+def _device(trainer: Trainer) -> str:
+    """Kind of the device, and on a GPU who draws the bits of dropout."""
+    if trainer.device.type != "cuda":
+        return trainer.device.type
+    by_host = "dropout bits from the host: no kernel for this precision, or triton cannot be imported"
+    return f"cuda ({'Triton kernels' if trainer.chunks[0].kernels == 'triton' else by_host})"
 
 
 def _corpora(source: SampleSource, num_samples: int) -> list[str]:

@@ -19,7 +19,7 @@ def test_every_step_is_one_record_with_all_that_is_promised(finished_run):
     assert [row["samples"] for row in rows] == list(range(8, 161, 8))
     wanted = {"step", "samples", "loss", "mlm_loss", "mlm_accuracy", "nsp_loss", "nsp_accuracy", "grad_norm"}
     wanted |= {"learning_rate", "tokens_per_second", "tokens", "seconds", "seconds_left", "kind"}
-    wanted |= {"data_seconds", "padding"}
+    wanted |= {"data_seconds", "padding", "weight_decay", "loss_scale", "skipped"}
     assert all(set(row) == wanted for row in rows)
     assert all(row["loss"] == row["mlm_loss"] + row["nsp_loss"] for row in rows)
     assert all(0 < row["data_seconds"] < row["seconds"] for row in rows)
