@@ -25,7 +25,8 @@ class Pooler(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[batch, sequence, hidden]`` to ``[batch, hidden]``."""
-        return torch.tanh(self.dense(hidden[:, 0]))
+        # A view would keep all states for the backward.
+        return torch.tanh(self.dense(hidden[:, 0].clone()))
 
 
 class PredictionTransform(nn.Module):

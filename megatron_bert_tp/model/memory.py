@@ -296,19 +296,10 @@ def _head_terms(layout: Layout, batch: Microbatch) -> Terms:
 
 
 def _chosen_terms(layout: Layout, batch: Microbatch) -> Terms:
-    """The states of masked places and of first tokens.
-
-    Where rows are samples, the first tokens are a view of all states, which so are kept.
-    """
-    states = layout.shape.hidden_size * layout.element_bytes
+    """The states of masked places and of first tokens; the latter by their place where rows hold several."""
+    chosen = batch.masked + batch.samples
+    states = chosen * layout.shape.hidden_size * layout.element_bytes
     if layout.is_split:
-        chosen = batch.masked + batch.samples
-        return {"chosen states": chosen * states, "chosen places": chosen * (_INDEX + 1)}
-    if batch.is_packed:
-        chosen = batch.masked + batch.samples
-        return {"chosen states": chosen * states, "chosen places": chosen * _INDEX}
-    return {
-        "chosen states": batch.masked * states,
-        "chosen places": batch.masked * _INDEX,
-        "all final states": batch.positions * states,
-    }
+        return {"chosen states": states, "chosen places": chosen * (_INDEX + 1)}
+    places = chosen if batch.is_packed else batch.masked
+    return {"chosen states": states, "chosen places": places * _INDEX}

@@ -263,22 +263,6 @@ class MegatronBertStage(nn.Module):
         projection = self.cls.predictions.decoder.weight if self.plan.is_last else None
         return TiedWeight(lookup, projection)
 
-    def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that an optimizer moves, by name.
-
-        A tied copy that shares its storage is left out, and so are absolute positions that nothing reads.
-        """
-        named = dict(self.named_parameters())
-        idle = {"bert.embeddings.position_embeddings.weight"} if self.shape.is_relative else set()
-        if self.plan.is_first and self.plan.is_last:
-            idle |= tied_names(self.shape, self.head).keys()
-        return {name: value for name, value in named.items() if name not in idle}
-
-    def trained_parts(self) -> list[Part]:
-        """Parts of `trained_parameters`: those that have moments in an optimizer."""
-        trained = {id(parameter) for parameter in self.trained_parameters().values()}
-        return [part for part in self.parts() if id(part.parameter) in trained]
-
 
 def _widened(logits: Tensor) -> Tensor:
     """Logits of few classes in float32 where the model's format is narrower, for the loss."""

@@ -45,7 +45,7 @@ def gradient_bytes(tensors: Tensors, *, element_bytes: int, owners: int = 1, is_
     """
     own = sum(own_elements(shape, owners) for shape in tensors.values())
     apart = own_elements(tensors[WORDS], owners) if is_tied_here else 0
-    return max(_FLOAT32, element_bytes) * (owners + (owners > 1)) * (own + apart)
+    return max(_FLOAT32, element_bytes) * (owners * (own + apart) + (owners > 1) * own)
 
 
 def optimizer_bytes(

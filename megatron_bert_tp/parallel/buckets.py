@@ -71,8 +71,8 @@ def in_buckets(parts: Sequence[Part], bucket_bytes: int, element_bytes: int) -> 
         yield bucket
 
 
-class Bucket:
-    """Sums of gradients of some parts over the microbatches of a step, and then over the data axis."""
+class Sums:
+    """Sums of gradients of some parts over the microbatches of a step."""
 
     def __init__(
         self, parts: Sequence[Part], *, num_owners: int, dtype: torch.dtype, device: torch.device
@@ -80,9 +80,8 @@ class Bucket:
         self.slots = slots_of(parts, num_owners)
         share = sum(slot.share for slot in self.slots)
         self.flat = torch.zeros(num_owners, share, dtype=dtype, device=device)
-        # A sum over ranks that leaves each its own run must not overwrite what it reads.
-        self.own = self.flat[0] if num_owners == 1 else torch.zeros(share, dtype=dtype, device=device)
         self.num_missing = 0
+        """Parts that will have more gradients in this step."""
         self._touched: set[str] = set()
 
     def begin(self) -> None:
@@ -105,3 +104,14 @@ class Bucket:
         for slot in self.slots:
             if slot.part.name not in self._touched:
                 self.flat[:, slot.offset : slot.offset + slot.share].zero_()
+
+
+class Bucket(Sums):
+    """Sums that go over the data axis, after which this rank has the run ``own`` of the total."""
+
+    def __init__(
+        self, parts: Sequence[Part], *, num_owners: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(parts, num_owners=num_owners, dtype=dtype, device=device)
+        # A sum over ranks that leaves each its own run must not overwrite what it reads.
+        self.own = self.flat[0] if num_owners == 1 else torch.zeros_like(self.flat[0])

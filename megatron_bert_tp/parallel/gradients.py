@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_bert_tp.parallel.buckets import Bucket, Slot, in_buckets
+from megatron_bert_tp.parallel.buckets import Bucket, Slot, Sums, in_buckets
 from megatron_bert_tp.parallel.collectives import start_reduce_scatter, start_sum_over_, sum_over_
 from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
 from megatron_bert_tp.parallel.sharding import Part
@@ -54,7 +54,7 @@ class Reduction:
 class _Pending:
     """A parameter's slots, and how many gradients it has had in this step."""
 
-    slots: list[tuple[Bucket, Slot]] = field(default_factory=list)
+    slots: list[tuple[Sums, Slot]] = field(default_factory=list)
     num_taken: int = 0
 
 
@@ -182,7 +182,7 @@ class Gradients:
             self._listen(slot.part.parameter, bucket, slot)
         return bucket
 
-    def _listen(self, parameter: nn.Parameter, bucket: Bucket, slot: Slot) -> None:
+    def _listen(self, parameter: nn.Parameter, bucket: Sums, slot: Slot) -> None:
         if id(parameter) not in self._pending:
             self._pending[id(parameter)] = _Pending()
             parameter.register_post_accumulate_grad_hook(self._take)
@@ -198,14 +198,14 @@ class Gradients:
             assert isinstance(parameter, nn.Parameter)
             self.accumulate(parameter, gradient)
 
-    def _accumulator_of_projection(self) -> list[Bucket]:
-        """Where both copies are here, the second one's gradients add up apart; it owns nothing."""
+    def _accumulator_of_projection(self) -> list[Sums]:
+        """Where both copies are here, the second one's gradients add up apart, and never set out."""
         if self._tied is None or self._tied.lookup is None or self._tied.projection is None:
             return []
         (slot,) = self._of_tied[0].slots
-        bucket = Bucket([slot.part], num_owners=len(self._of_tied[0].flat), dtype=self._dtype, device=self._device)
-        self._listen(self._tied.projection, bucket, bucket.slots[0])
-        return [bucket]
+        sums = Sums([slot.part], num_owners=len(self._of_tied[0].flat), dtype=self._dtype, device=self._device)
+        self._listen(self._tied.projection, sums, sums.slots[0])
+        return [sums]
 
     def _add_tied(self, bucket: Bucket) -> None:
         """Add the two gradients of the tied embeddings: here when both uses are here, else over their axis.

@@ -110,8 +110,7 @@ class Executor(Generic[BatchT]):
                     case Compute(Phase.FORWARD):
                         self._forward(flight, instruction)
                     case Compute(Phase.WEIGHT_GRADIENT, microbatch, chunk):
-                        for work in flight.deferred.pop((microbatch, chunk)):
-                            work()
+                        _do_all(flight.deferred.pop((microbatch, chunk)))
                     case Compute():
                         self._backward(flight, instruction)
                     case Launch(transfers):
@@ -181,3 +180,10 @@ class Executor(Generic[BatchT]):
         for transfer in transfers:
             flight.works.pop(transfer).wait()
             flight.outgoing.pop(transfer, None)
+
+
+def _do_all(works: list[Work]) -> None:
+    """Each piece of work in its order, and no longer held once it is done."""
+    works.reverse()
+    while works:
+        works.pop()()
