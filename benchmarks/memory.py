@@ -31,7 +31,8 @@ from torch import Tensor
 from megatron_bert_tp.config.load import load_config
 from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.data.batch import Batch
-from megatron_bert_tp.model.memory import Layout, Microbatch, deferred_bytes, peak_bytes, stage_bytes
+from megatron_bert_tp.model.memory import Layout, deferred_bytes, peak_bytes, stage_bytes
+from megatron_bert_tp.model.microbatch_sizes import Microbatch
 from megatron_bert_tp.model.recompute import Recompute
 from megatron_bert_tp.model.static_memory import (
     gradient_bytes,
@@ -294,11 +295,11 @@ def counted_peak(trainer: Trainer) -> int:
 def held_by(trainer: Trainer) -> tuple[int, int, int]:
     """Bytes of weights, of the buckets of gradients, and of moments with what belongs to them."""
     gradients, updater = trainer.updater.gradients, trainer.updater
-    buckets = [*gradients.buckets, *gradients._apart]
+    sums = [bucket.flat for bucket in (*gradients.buckets, *gradients._apart)]
     states = [tensor for state in updater.optimizer.state.values() for tensor in state.values()]
     return (
         bytes_of(parameter for stage in trainer.chunks for parameter in stage.parameters()),
-        bytes_of(tensor for bucket in buckets for tensor in (bucket.flat, bucket.own)),
+        bytes_of([*sums, *(bucket.own for bucket in gradients.buckets)]),
         bytes_of(states),
     )
 

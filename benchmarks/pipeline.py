@@ -161,7 +161,7 @@ class Pipeline:
             loss_of,
             placement=self.placement,
             axis=mesh.pipeline,
-            upstream=mesh.upstream,
+            channels=mesh.channels,
             device=CPU,
         )
 
@@ -243,9 +243,8 @@ def message_seconds(mesh: ParallelMesh, shape: tuple[int, ...], *, number: int =
     def back_and_forth() -> None:
         for _ in range(number):
             for source in range(RANKS):
-                axis = mesh.pipeline if source == 0 else mesh.upstream
                 send_or_receive = dist.send if source == rank else dist.recv
-                send_or_receive(tensor, 1 - rank, axis.group)
+                send_or_receive(tensor, 1 - rank, mesh.channels[source, 1 - source])
 
     return together(mesh, back_and_forth) / (2 * number)
 

@@ -193,7 +193,7 @@ def run_passes(
 def build_executor(stage: MegatronBertStage, criterion: Criterion[Any], mesh: ParallelMesh) -> Executor[Any]:
     placement = straight(mesh.pipeline.size)
     return Executor(
-        [stage], criterion, placement=placement, axis=mesh.pipeline, upstream=mesh.upstream, device=CPU
+        [stage], criterion, placement=placement, axis=mesh.pipeline, channels=mesh.channels, device=CPU
     )
 
 

@@ -105,14 +105,17 @@ class Context:
     ) -> tuple[Tensor, Tensor]:
         """What heads read that do not read everything, on every rank.
 
-        States ``[masked, hidden]`` of flat ``positions``, and ``[samples, 1 or sequence, hidden]``, of which the
-        first of each sample counts; either without sense where it is not asked for.  Where the sequence is
+        States ``[masked, hidden]`` of flat ``positions``, and ``[samples, 1, hidden]`` of the first token of
+        each sample; either without sense where it is not asked for.  Where the sequence is
         split they come in one message of ``[masked + samples, hidden]``.
         """
         if self.tokens is None:
             rows = hidden.flatten(0, 1)
-            samples = hidden if self.segments is None else rows.index_select(0, self.segments.firsts)[:, None]
-            return rows if positions is None else rows.index_select(0, positions), samples
+            masked = rows if positions is None else rows.index_select(0, positions)
+            if self.segments is not None:
+                return masked, rows.index_select(0, self.segments.firsts)[:, None]
+            # A view would keep all states for the backward of the pooler.
+            return masked, hidden[:, :1].clone()
         asked = [] if positions is None else [positions]
         asked += [self._firsts(hidden.device)] if has_samples else []
         num_rows = 0 if positions is None else len(positions)

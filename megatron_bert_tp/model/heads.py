@@ -25,8 +25,7 @@ class Pooler(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[batch, sequence, hidden]`` to ``[batch, hidden]``."""
-        # A view would keep all states for the backward.
-        return torch.tanh(self.dense(hidden[:, 0].clone()))
+        return torch.tanh(self.dense(hidden[:, 0]))
 
 
 class PredictionTransform(nn.Module):

@@ -7,7 +7,8 @@ process bit for bit.
 """
 
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -185,11 +186,11 @@ class Gradients:
     def _listen(self, parameter: nn.Parameter, bucket: Sums, slot: Slot) -> None:
         if id(parameter) not in self._pending:
             self._pending[id(parameter)] = _Pending()
-            parameter.register_post_accumulate_grad_hook(self._take)
+            parameter.register_post_accumulate_grad_hook(_hook(self))
         self._pending[id(parameter)].slots.append((bucket, slot))
 
-    def _take(self, parameter: Tensor) -> None:
-        """Hook of autograd: what it has just added to ``grad`` goes to the buckets.
+    def take(self, parameter: Tensor) -> None:
+        """What autograd has just added to ``grad`` goes to the buckets.
 
         It calls for a gradient that was put off too: that one comes later, through `accumulate`.
         """
@@ -235,6 +236,21 @@ class Gradients:
 
     def _slots(self) -> list[tuple[Bucket, Slot]]:
         return [(bucket, slot) for bucket in self.buckets for slot in bucket.slots]
+
+
+def _hook(gradients: Gradients) -> Callable[[Tensor], None]:
+    """What autograd calls: it does not keep ``gradients`` alive, and with it the communicators of the mesh.
+
+    A parameter that held what holds the parameter would be a circle through autograd, which nobody collects.
+    """
+    known = weakref.ref(gradients)
+
+    def take(parameter: Tensor) -> None:
+        alive = known()
+        if alive is not None:
+            alive.take(parameter)
+
+    return take
 
 
 def _square_sum(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ most, stays inside a node:
     rank = (pipeline * data_size + data) * tensor_size + tensor
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,8 +14,11 @@ import torch.distributed as dist
 
 from megatron_bert_tp.errors import LayoutError
 
-_AXES = ("tensor", "data", "pipeline", "tied", "upstream")
+_AXES = ("tensor", "data", "pipeline", "tied")
 """In the order in which all ranks make their communicators."""
+
+Channels = Mapping[tuple[int, int], dist.ProcessGroup]
+"""Communicators for messages from stage to stage, by the places of source and target on the pipeline axis."""
 
 
 @dataclass(frozen=True)
@@ -112,33 +115,39 @@ class MeshShape:
             yield from (tuple(self.rank_at(p, d, t) for t in shards) for p in stages for d in replicas)
         elif name == "data":
             yield from (tuple(self.rank_at(p, d, t) for d in replicas) for p in stages for t in shards)
-        elif name in ("pipeline", "upstream"):
+        elif name == "pipeline":
             yield from (tuple(self.rank_at(p, d, t) for p in stages) for d in replicas for t in shards)
         else:
             ends = self.ends or sorted({0, self.pipeline - 1})
             yield from (tuple(self.rank_at(p, d, t) for p in ends) for d in replicas for t in shards)
+
+    def neighbours(self) -> list[tuple[int, int]]:
+        """Places (source, target) next to each other on the ring of the pipeline, each pair in both directions."""
+        onward = {(place, (place + 1) % self.pipeline) for place in range(self.pipeline)}
+        both = onward | {(target, source) for source, target in onward}
+        return sorted((source, target) for source, target in both if source != target)
 
 
 @dataclass(frozen=True)
 class ParallelMesh:
     """The axes through one rank.
 
-    ``tied`` joins the stages that hold a copy of the word embeddings.  ``upstream`` has the ranks of ``pipeline``
-    and a communicator of its own, for messages to ranks with a lower place.  NCCL works off the messages between
-    two ranks of a communicator in one queue: a receive that waits would hold up the send behind it, and for ever
-    if the other side waits for that.
+    ``tied`` joins the stages that hold a copy of the word embeddings.  ``channels`` are the communicators of two
+    neighbours on the pipeline each, one for each direction.  torch gives a rank one queue for all its messages in
+    an NCCL communicator, whoever they go to: a receive that waits would hold up the send behind it, and for ever
+    if other ranks wait for that.
     """
 
     data: Axis
     pipeline: Axis
     tensor: Axis
     tied: Axis
-    upstream: Axis
+    channels: Channels
 
     @classmethod
     def alone(cls) -> "ParallelMesh":
         """Mesh of one process without any process group."""
-        return cls(**{name: Axis.alone(name) for name in _AXES})
+        return cls(**{name: Axis.alone(name) for name in _AXES}, channels={})
 
     @property
     def is_first(self) -> bool:
@@ -147,12 +156,13 @@ class ParallelMesh:
 
     @classmethod
     def build(cls, shape: MeshShape, *, rank: int, timeout: timedelta) -> "ParallelMesh":
-        """Make the communicators of all axes; every rank of the world must call it.
+        """Make the communicators of all axes and channels; every rank of the world must call it.
 
         All ranks make all groups in the same order, also those that they are not part of: this is what
         ``torch.distributed`` demands, and a rank that skipped one would hang the others.
         """
-        return cls(**{name: _own_axis(name, shape, rank=rank, timeout=timeout) for name in _AXES})
+        axes = {name: _own_axis(name, shape, rank=rank, timeout=timeout) for name in _AXES}
+        return cls(**axes, channels=_own_channels(shape, rank=rank, timeout=timeout))
 
 
 def _own_axis(name: str, shape: MeshShape, *, rank: int, timeout: timedelta) -> Axis:
@@ -161,4 +171,15 @@ def _own_axis(name: str, shape: MeshShape, *, rank: int, timeout: timedelta) -> 
         group = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
         if rank in ranks:
             own = Axis(name, ranks, ranks.index(rank), group)
+    return own
+
+
+def _own_channels(shape: MeshShape, *, rank: int, timeout: timedelta) -> Channels:
+    own: dict[tuple[int, int], dist.ProcessGroup] = {}
+    for line in shape.lines("pipeline"):
+        for source, target in shape.neighbours():
+            ends = sorted((line[source], line[target]))
+            group = dist.new_group(ends, timeout=timeout)
+            if rank in ends:
+                own[source, target] = group
     return own

@@ -56,10 +56,6 @@ class TokenBits:
         samples, places = torch.from_numpy(chosen).to(device, non_blocking=True)
         return cls(bits.seed, samples, places)
 
-    def of_tokens(self, tokens: slice) -> "TokenBits":
-        """The bits of some of the tokens."""
-        return TokenBits(self.seed, self.samples[tokens], self.positions[tokens])
-
 
 @dataclass(frozen=True)
 class KernelBits:
@@ -180,16 +176,9 @@ def bias_dropout_add(
         raise ArgumentError(f"{tokens.samples.numel()} tokens have bits, but {flat.shape[0]} have hidden states")
     drawing = _Drawing(tokens.seed, layer << 8 | place, probability)
     other = None if residual is None else residual.expand_as(product).contiguous().view(-1, features)
-    result: Tensor = _BiasDropoutAdd.apply(flat, bias, other, tokens.samples, tokens.positions, drawing)
+    own = None if bias is None else bias.contiguous()
+    result: Tensor = _BiasDropoutAdd.apply(flat, own, other, tokens.samples, tokens.positions, drawing)
     return result.view(product.shape)
-
-
-def dropout_add(
-    x: Tensor, residual: Tensor | None, bits: RandomBits | None, *, probability: float, layer: int, place: Place
-) -> Tensor:
-    """Twin of `random_bits.dropout_add`: ``residual + dropout(x)`` for ``[samples, positions, features]``."""
-    tokens = None if bits is None else TokenBits.of(bits, x.shape[1], x.device)
-    return bias_dropout_add(x, None, residual, tokens, probability=probability, layer=layer, place=place)
 
 
 def check_dtype(x: Tensor) -> None:

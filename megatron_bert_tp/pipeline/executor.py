@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megatron_bert_tp.parallel.mesh import Axis
+from megatron_bert_tp.parallel.mesh import Axis, Channels
 from megatron_bert_tp.parallel.weight_gradients import WeightGradients, Work
 from megatron_bert_tp.pipeline.instructions import (
     Await,
@@ -79,8 +79,7 @@ class _Flight(Generic[BatchT]):
 class Executor(Generic[BatchT]):
     """Runs programs on one rank of the pipeline axis, which holds ``stages``, one for each of its chunks.
 
-    Messages to a higher place on ``axis`` go through its communicator, those to a lower one through that of
-    ``upstream``.
+    ``channels`` have a communicator for each neighbour on ``axis`` and each direction.
     """
 
     def __init__(
@@ -90,11 +89,11 @@ class Executor(Generic[BatchT]):
         *,
         placement: Placement,
         axis: Axis,
-        upstream: Axis,
+        channels: Channels,
         device: torch.device,
     ) -> None:
         self._stages, self._criterion, self._placement = stages, criterion, placement
-        self._axis, self._upstream, self._device = axis, upstream, device
+        self._axis, self._channels, self._device = axis, channels, device
 
     def run(self, program: Program, batches: Sequence[BatchT], *, loss_scale: float = 1.0) -> list[Tensor]:
         """Walk ``program`` over the microbatches; gradients, times ``loss_scale``, add up in the parameters.
@@ -167,7 +166,7 @@ class Executor(Generic[BatchT]):
             flight.works[transfer] = work
 
     def _start(self, flight: _Flight[BatchT], transfer: Transfer) -> dist.Work | None:
-        group = (self._axis if transfer.source < transfer.target else self._upstream).group
+        group = self._channels[transfer.source, transfer.target]
         if transfer.source == self._axis.rank:
             return dist.isend(flight.outgoing[transfer], self._axis.ranks[transfer.target], group)
         stage = self._stages[transfer.chunk]

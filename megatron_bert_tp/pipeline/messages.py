@@ -1,7 +1,8 @@
 """Whether the messages of pipeline programs fit together: what can be told without running them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from typing import TypeAlias
 
 from megatron_bert_tp.errors import ScheduleError
 from megatron_bert_tp.pipeline.instructions import (
@@ -42,22 +43,26 @@ def check_messages(programs: Sequence[Program], placement: Placement) -> None:
         )
     for rank, program in enumerate(programs):
         _check_rank(rank, program, placement)
-    for source in range(len(programs)):
-        for target in range(len(programs)):
-            _check_direction(programs, source, target)
+    launched = [_launched(program) for program in programs]
+    for source, target in sorted({direction for own in launched for direction in own}):
+        _check_direction(launched, source, target)
 
 
-def _launched(program: Program) -> Iterator[Transfer]:
+_Launched: TypeAlias = Mapping[tuple[int, int], Sequence[Transfer]]
+
+
+def _launched(program: Program) -> _Launched:
+    """What a rank launches by source and target, in order."""
+    found: dict[tuple[int, int], list[Transfer]] = {}
     for instruction in program:
         if isinstance(instruction, Launch):
-            yield from instruction.transfers
+            for transfer in instruction.transfers:
+                found.setdefault((transfer.source, transfer.target), []).append(transfer)
+    return found
 
 
-def _check_direction(programs: Sequence[Program], source: int, target: int) -> None:
-    sent, received = (
-        [t for t in _launched(programs[rank]) if (t.source, t.target) == (source, target)]
-        for rank in (source, target)
-    )
+def _check_direction(launched: Sequence[_Launched], source: int, target: int) -> None:
+    sent, received = (launched[rank].get((source, target), ()) for rank in (source, target))
     for number, (send, receive) in enumerate(zip_longest(sent, received)):
         if send == receive:
             continue

@@ -37,8 +37,9 @@ def partition(
     """
     if not 1 <= num_stages <= num_layers:
         raise LayoutError(
-            f"parallel.pipeline ({num_stages}) must be from 1 to model.num_hidden_layers ({num_layers}), "
-            f"since every stage holds at least one layer; use at most {num_layers} stages or a deeper model"
+            f"the stages, parallel.pipeline x parallel.virtual ({num_stages}), must be from 1 to "
+            f"model.num_hidden_layers ({num_layers}), since every stage holds at least one layer; use at most "
+            f"{num_layers} stages or a deeper model"
         )
     ends = [0.0] * num_stages
     ends[0] += embedding_cost

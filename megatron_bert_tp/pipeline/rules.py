@@ -11,6 +11,11 @@ _KINDS = {
     "backwards": (Phase.BACKWARD, Phase.INPUT_GRADIENT),
     "weight gradients": (Phase.WEIGHT_GRADIENT,),
 }
+_WANTED = {
+    "forwards": "write an F for each microbatch, and no more",
+    "backwards": "write a B, or an I and later a W, for each microbatch, and no more",
+    "weight gradients": "write a W for each I, and no more",
+}
 _BEFORE = {
     Phase.BACKWARD: Phase.FORWARD,
     Phase.INPUT_GRADIENT: Phase.FORWARD,
@@ -18,13 +23,13 @@ _BEFORE = {
 }
 
 
-def check_order(order: Order, *, num_chunks: int, num_microbatches: int, trains: bool) -> None:
-    """Raise ScheduleError unless one rank's order has every pass once, ascending, and in its place.
+def check_order(order: Order, *, num_chunks: int, num_microbatches: int) -> None:
+    """Raise ScheduleError unless one rank's order of training has every pass once, ascending, and in its place.
 
     On each chunk, forwards run over all microbatches in ascending order, since messages and sums have one order
-    everywhere.  So do backwards, joint or input gradients alone, if the schedule ``trains``; else there are
-    none.  Weight gradients ascend over the microbatches whose input gradient is alone.  A backward
-    comes after its forward, a weight gradient after its input gradient.
+    everywhere.  So do backwards, joint or input gradients alone.  Weight gradients ascend over the microbatches
+    whose input gradient is alone.  A backward comes after its forward, a weight gradient after its input
+    gradient.
     """
     for chunk in range(num_chunks):
         passes = [compute for compute in order if compute.chunk == chunk]
@@ -32,7 +37,7 @@ def check_order(order: Order, *, num_chunks: int, num_microbatches: int, trains:
         everything = range(num_microbatches)
         for kind, expected in (
             ("forwards", everything),
-            ("backwards", everything if trains else ()),
+            ("backwards", everything),
             ("weight gradients", split),
         ):
             found = [c.microbatch for c in passes if c.phase in _KINDS[kind]]
@@ -48,7 +53,8 @@ def _check_ascending(kind: str, found: Sequence[int], expected: Sequence[int]) -
                 f"microbatch {is_} and should be {should}; sums must have one order under every schedule"
             )
     if len(found) != len(expected):
-        raise ScheduleError(f"there are {len(found)} {kind}, and there must be {len(expected)}; mend that")
+        wanted = _WANTED[kind.partition(" of ")[0]]
+        raise ScheduleError(f"there are {len(found)} {kind}, and there must be {len(expected)}: {wanted}")
 
 
 def _check_places(passes: Sequence[Compute]) -> None:

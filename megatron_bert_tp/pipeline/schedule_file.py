@@ -12,7 +12,6 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
@@ -47,7 +46,7 @@ _LINE = re.compile(r"(placement|microbatches|rank ([0-9]{1,4})):(.*)")
 
 @dataclass(frozen=True)
 class ScheduleFile:
-    """What a schedule file says: where the virtual stages are, and the order of passes of every rank."""
+    """What a schedule file says of training: where the virtual stages are, and every rank's order of passes."""
 
     placement: Placement
     orders: tuple[Order, ...]
@@ -78,7 +77,8 @@ class _Text:
 def read_schedule(path: Path) -> ScheduleFile:
     """The schedule in a text file, checked.
 
-    Raises ScheduleError with file, line, rule, value and way out for a file that cannot be read, is larger than
+    A schedule without backwards is refused: a run would go through its steps and train nothing.  Raises
+    ScheduleError with file, line, rule, value and way out for a file that cannot be read, is larger than
     `LARGEST_FILE` bytes, or breaks the format; for orders that break `check_order`; and for a deadlock.
     """
     text = _Text(path)
@@ -105,7 +105,7 @@ def _read(text: _Text) -> str:
     if len(content) > LARGEST_FILE:
         text.refuse(f"the file has more than {LARGEST_FILE} bytes; a schedule file has one line for each rank")
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         text.refuse(f"byte {error.start} is no UTF-8; a schedule file is plain text")
 
@@ -143,10 +143,9 @@ def _assemble(text: _Text) -> ScheduleFile:
     num_microbatches = _num_microbatches(text)
     placement = _placement(text)
     orders = tuple(text.ranks[rank] for rank in range(placement.num_ranks))
-    trains = any(compute.phase is not Phase.FORWARD for compute in chain.from_iterable(orders))
     for rank, order in enumerate(orders):
         try:
-            check_order(order, num_chunks=placement.num_chunks, num_microbatches=num_microbatches, trains=trains)
+            check_order(order, num_chunks=placement.num_chunks, num_microbatches=num_microbatches)
         except ScheduleError as error:
             text.refuse(f"rank {rank}: {error}", line=text.number(rank))
     return ScheduleFile(placement, orders)
@@ -183,15 +182,23 @@ def _placement(text: _Text) -> Placement:
     for rank, count in chunks.items():
         if count not in allowed or count != chunks[0]:
             text.refuse(
-                f"rank {rank} has {count} chunks; placement {name} takes {allowed.start} to {allowed.stop - 1}, "
-                f"and every rank as many as rank 0, which has {chunks[0]}",
+                f"rank {rank} has {count} chunks; placement {name} takes {_from_to(allowed)}, and every rank as "
+                f"many as rank 0, which has {chunks[0]}; number the chunks of each rank from 0, without gaps",
                 line=text.number(rank),
             )
     return build(num_ranks, chunks[0])
 
 
+def _from_to(numbers: range) -> str:
+    """A range in words."""
+    return str(numbers.start) if len(numbers) == 1 else f"{numbers.start} to {numbers.stop - 1}"
+
+
 def write_schedule(orders: Sequence[Order], placement: Placement) -> str:
-    """Text of a schedule file with these orders, such as `orders_of` gives; `read_schedule` gives them back."""
+    """Text of a schedule file with these orders, such as `orders_of` gives.
+
+    `read_schedule` gives back those of training.
+    """
     name = _placement_name(placement)
     num_microbatches = 1 + max(compute.microbatch for compute in orders[0])
     rows = [

@@ -120,11 +120,6 @@ class Timeline:
         steps = (changes.get(interval.compute.phase, 0) for interval in self.ranks[rank])
         return max(accumulate(steps, initial=0))
 
-    @property
-    def max_peak_live(self) -> int:
-        """`peak_live` of the rank that holds most."""
-        return max(self.peak_live(rank) for rank in range(len(self.ranks)))
-
 
 @dataclass
 class _Rank:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import inf
 
 from megatron_bert_tp.errors import ScheduleError
 from megatron_bert_tp.pipeline.instructions import (
@@ -32,10 +31,6 @@ class Walk:
     def launch_time(self, gap: int) -> float:
         """When the rank comes to this gap."""
         return self.ends[gap - 1] if gap else 0.0
-
-    def await_time(self, gap: int) -> float:
-        """When the rank leaves this gap."""
-        return self.starts[gap] if gap < len(self.starts) else inf
 
     def first_gap(self, *, after: int, time: float) -> int:
         """The first gap from ``after`` on that the rank leaves at ``time`` or later."""

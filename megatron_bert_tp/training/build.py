@@ -161,7 +161,7 @@ def _updater(config: Config, mesh: ParallelMesh, chunks: Chunks, checkpoint: Che
     reduction = Reduction(
         mesh=mesh,
         owners=mesh.data if parallel.shard_optimizer else Axis.alone("data"),
-        splits_sequence=parallel.sequence,
+        splits_sequence=parallel.sequence and mesh.tensor.size > 1,
         bucket_bytes=parallel.bucket_megabytes << 20,
     )
     names = list(tensor_shapes(chunks.shape))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.errors import LayoutError
 from megatron_bert_tp.parallel.collectives import maximum_over_, sum_over_
-from megatron_bert_tp.parallel.mesh import Axis, MeshShape, ParallelMesh
+from megatron_bert_tp.parallel.mesh import MeshShape, ParallelMesh
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -69,26 +69,22 @@ def build_mesh(
     mesh = ParallelMesh.build(shape, rank=environment.rank, timeout=timeout)
     for axis in (mesh.tensor, mesh.data, mesh.pipeline, mesh.tied):
         sum_over_(torch.zeros(1, device=device), axis)
-    for axis in (mesh.pipeline, mesh.upstream):
-        _meet_neighbours(axis, device)
+    _meet_neighbours(mesh, device)
     return mesh
 
 
-def _meet_neighbours(axis: Axis, device: torch.device) -> None:
-    """Send one number around the ring and back: NCCL connects two ranks when they first meet, and both must wait.
+def _meet_neighbours(mesh: ParallelMesh, device: torch.device) -> None:
+    """Send one number through each channel: NCCL connects two ranks when they first meet, and both must wait.
 
-    All pairs meet in one order, by their places, so that no ranks wait for each other in a circle.
+    All ranks have their channels in one order, so that none wait for each other in a circle.
     """
-    ring = {tuple(sorted((place, (place + 1) % axis.size))) for place in range(axis.size)}
-    for low, high in sorted(ring):
-        if low == high or axis.rank not in (low, high):
-            continue
+    places = mesh.pipeline
+    for (source, target), group in mesh.channels.items():
         number = torch.zeros(1, device=device)
-        source, target = (low, high) if axis.name == "pipeline" else (high, low)
-        if axis.rank == source:
-            dist.send(number, axis.ranks[target], axis.group)
+        if places.rank == source:
+            dist.send(number, places.ranks[target], group)
         else:
-            dist.recv(number, axis.ranks[source], axis.group)
+            dist.recv(number, places.ranks[source], group)
 
 
 def barrier() -> None:

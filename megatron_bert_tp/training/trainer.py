@@ -148,7 +148,7 @@ class Trainer:
             criterion,
             placement=self._passes.placement,
             axis=self.mesh.pipeline,
-            upstream=self.mesh.upstream,
+            channels=self.mesh.channels,
             device=self.device,
         )
         statistics = executor.run(program, batches, loss_scale=loss_scale)

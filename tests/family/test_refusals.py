@@ -1,6 +1,7 @@
 """What cannot be is told with rule, value and way out: arguments, settings, files and layouts."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -206,7 +207,7 @@ def test_a_model_is_saved_beside_a_tokenizer(tmp_path):
 @pytest.mark.parametrize("architecture", HEADS)
 def test_a_mesh_with_a_pipeline_is_refused_with_the_way_out(architecture):
     two_stages = Axis("pipeline", (0, 1), 0)
-    mesh = ParallelMesh(Axis.alone("data"), two_stages, Axis.alone("tensor"), two_stages)
+    mesh = replace(ParallelMesh.alone(), pipeline=two_stages, tied=two_stages)
     with pytest.raises(LayoutError, match=rf"a pipeline of 2 stages(?s:.*)head={architecture} for the executor"):
         getattr(megatron_bert_tp, architecture)(MegatronBertConfig(**SIZES), mesh=mesh)
 

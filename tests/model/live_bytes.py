@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bert_tp.data.batch import Batch
-from megatron_bert_tp.model.memory import Layout, Microbatch
+from megatron_bert_tp.model.memory import Layout
+from megatron_bert_tp.model.microbatch_sizes import Microbatch
 from megatron_bert_tp.model.stage import MegatronBertStage
 from megatron_bert_tp.parallel.mesh import Axis
 from megatron_bert_tp.parallel.weight_gradients import WeightGradients, Work

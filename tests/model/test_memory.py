@@ -9,7 +9,6 @@ from megatron_bert_tp.data.batch import Batch
 from megatron_bert_tp.errors import ConfigError
 from megatron_bert_tp.model.memory import (
     Layout,
-    Microbatch,
     deferred_bytes,
     layer_bytes,
     layer_terms,
@@ -17,6 +16,7 @@ from megatron_bert_tp.model.memory import (
     stage_bytes,
     stage_terms,
 )
+from megatron_bert_tp.model.microbatch_sizes import Microbatch
 from megatron_bert_tp.model.recompute import Recompute
 from megatron_bert_tp.model.segments import Segments
 from megatron_bert_tp.model.shape import ModelShape

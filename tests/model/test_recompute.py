@@ -77,8 +77,8 @@ def test_every_second_layer_keeps_the_probabilities():
 def test_full_keeps_only_the_inputs_of_layers():
     full, without = kept_sizes(Recompute("full")), kept_sizes(Recompute())
     assert full.count(3 * HIDDEN) == full.count(PROBABILITIES) == 0
-    # The inputs of the layers, of the final LayerNorm and of the heads, and the mask of dropout of the embeddings.
-    assert full.count(HIDDEN) == SMALL.num_hidden_layers + 3
+    # The inputs of the layers and of the final LayerNorm, and the mask of dropout of the embeddings.
+    assert full.count(HIDDEN) == SMALL.num_hidden_layers + 2
     assert sum(full) < sum(without) / 5
 
 

@@ -119,8 +119,8 @@ def test_a_rank_keeps_no_hidden_states_of_other_ranks(ranks):
     """39 tokens, which are 20 each of two ranks."""
     whole, own = 39 * SMALL.hidden_size, 20 * SMALL.hidden_size
     for kept in ranks.run(2, partial(kept_of_rank, splits_sequence=False), 2):
-        # Per layer two inputs and two outputs of LayerNorms, and two masks of dropout; three around the layers.
-        assert kept.count(whole) == 6 * SMALL.num_hidden_layers + 3
+        # Per layer two inputs and two outputs of LayerNorms, and two masks of dropout; two around the layers.
+        assert kept.count(whole) == 6 * SMALL.num_hidden_layers + 2
     for kept in ranks.run(2, partial(kept_of_rank, splits_sequence=True), 2):
         assert kept.count(whole) == kept.count(40 * SMALL.hidden_size) == 0
         # The joined heads of all tokens have that size too, being half of all heads.

@@ -124,8 +124,7 @@ def on_pipeline_axis(place: Place) -> Iterator[tuple[Call, int]]:
 def of_boundary(place: Place, phase: str, source: int, target: int) -> Iterator[tuple[Call, int]]:
     """Messages of all microbatches from one stage to another; within a rank there is none."""
     own, replica, shard = place.sizes.place_of(place.rank)
-    # Both directions have a communicator of their own.
-    axis = "pipeline" if source < target else "upstream"
+    axis = "channel"  # two ranks have one for each direction
     for batch in place.batches if source != target else ():
         size = place.run(batch)
         if own == source:

@@ -22,7 +22,7 @@ from tests.support import Layout, Recipe
 from tests.trainers import CORPUS_SHAPE, configure, trainer_of
 
 RECIPE = Recipe(shape=CORPUS_SHAPE, clip_norm=0.5)
-AXES = ("data", "pipeline", "tensor", "tied", "upstream")
+AXES = ("data", "pipeline", "tensor", "tied")
 # Two names of one function each: torch 2.13 has new ones.
 KINDS = {
     "all_gather_single": "gather",
@@ -95,7 +95,8 @@ def functions_that_talk() -> list[str]:
 def axis_names(mesh: ParallelMesh) -> dict[int, str]:
     """The axis of each communicator of a rank, by the identity of the group."""
     axes = [getattr(mesh, name) for name in AXES]
-    return {id(axis.group): axis.name for axis in axes if axis.group}
+    channels = {id(group): "channel" for group in mesh.channels.values()}
+    return channels | {id(axis.group): axis.name for axis in axes if axis.group}
 
 
 class Recorder:

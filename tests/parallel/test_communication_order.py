@@ -159,13 +159,12 @@ def paired(heard: list[Heard]) -> None:
 
 
 def one_way(heard: list[Heard]) -> None:
-    """On one communicator two ranks send in one direction only.
+    """A communicator with messages has one source and one target.
 
-    NCCL has one queue for both; so messages to lower places have `upstream`.
+    NCCL has one queue for all messages of a rank in a communicator: a receive holds up the sends behind it.
     """
     sent, _ = channels(heard)
-    for group, source, target in sent:
-        assert (group, target, source) not in sent
+    assert len({group for group, _, _ in sent}) == len(sent)
     both = {(source, target) for _, source, target in sent}
     assert all((target, source) in both for source, target in both), "every pair talks in both directions"
 

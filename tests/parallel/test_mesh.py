@@ -10,7 +10,7 @@ from megatron_bert_tp.parallel.mesh import Axis, MeshShape, ParallelMesh
 from tests.support import TIMEOUT, Layout, build_mesh
 
 SHAPES = [MeshShape(p, d, t) for p in (1, 2, 3, 4) for d in (1, 2, 3) for t in (1, 2, 4)]
-AXES = ("data", "pipeline", "tensor", "tied", "upstream")
+AXES = ("data", "pipeline", "tensor", "tied")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -81,6 +81,36 @@ def sums_of_ranks() -> dict[str, tuple[tuple[int, ...], int, int]]:
         name: (axis.ranks, axis.rank, int(sum_over_(torch.tensor(1 << dist.get_rank()), axis)))
         for name, axis in axes.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (1, []),
+        (2, [(0, 1), (1, 0)]),
+        (3, [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]),
+        (4, [(0, 1), (0, 3), (1, 0), (1, 2), (2, 1), (2, 3), (3, 0), (3, 2)]),
+    ],
+)
+def test_neighbours_on_a_ring_as_drawn(size, expected):
+    assert MeshShape(pipeline=size, data=1, tensor=1).neighbours() == expected
+
+
+def ranks_of_channels() -> dict[tuple[int, int], list[int]]:
+    mesh = build_mesh(Layout(data=2, pipeline=4))
+    assert len(set(map(id, mesh.channels.values()))) == len(mesh.channels), "one communicator for two directions"
+    return {ends: dist.get_process_group_ranks(group) for ends, group in mesh.channels.items()}
+
+
+def test_each_direction_between_neighbours_has_its_own_communicator(ranks):
+    shape = MeshShape(pipeline=4, data=2, tensor=1)
+    for rank, found in enumerate(ranks.run(8, ranks_of_channels)):
+        place, replica, _ = shape.place_of(rank)
+        assert found == {
+            (source, target): sorted((shape.rank_at(source, replica, 0), shape.rank_at(target, replica, 0)))
+            for source, target in shape.neighbours()
+            if place in (source, target)
+        }
 
 
 def test_communicators_join_the_ranks_of_their_line(ranks):

@@ -210,7 +210,7 @@ def test_a_stage_that_does_not_use_what_it_received_is_noticed(monkeypatch):
         lambda output, _batch: (output.sum(), output),
         placement=straight(2),
         axis=Axis("pipeline", (0, 1), 1),
-        upstream=Axis("upstream", (0, 1), 1),
+        channels={(0, 1): None},
         device=CPU,
     )
     transfers = (Transfer(Phase.FORWARD, 0, 0, 0, 1),)

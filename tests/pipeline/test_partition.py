@@ -73,7 +73,7 @@ def test_full_head_moves_layers_off_the_last_stage() -> None:
 
 @pytest.mark.parametrize("num_stages", [0, 5])
 def test_more_stages_than_layers_or_none_are_refused_with_the_way_out(num_stages: int) -> None:
-    with pytest.raises(LayoutError, match=rf"parallel.pipeline \({num_stages}\).*use at most 4 stages"):
+    with pytest.raises(LayoutError, match=rf"x parallel.virtual \({num_stages}\).*use at most 4 stages"):
         partition(4, num_stages)
 
 

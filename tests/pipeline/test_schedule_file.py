@@ -49,15 +49,24 @@ def test_a_file_written_by_hand_says_what_it_says(read):
         ("interleaved", looping(3, 4)),
         ("zb-h1", straight(4)),
         ("zb-v", v_shaped(4)),
-        ("forward_only", straight(2)),
-        ("forward_only", looping(2, 3)),
-        ("forward_only", v_shaped(3)),
     ],
 )
 @pytest.mark.parametrize("num_microbatches", [1, 5, 12])
-def test_every_schedule_can_be_written_and_read_back(read, name, placement, num_microbatches):
+def test_every_schedule_of_training_can_be_written_and_read_back(read, name, placement, num_microbatches):
     orders = orders_of(name, placement, num_microbatches)
     assert read(write_schedule(orders, placement)) == ScheduleFile(placement, orders)
+
+
+@pytest.mark.parametrize("placement", [straight(2), looping(2, 3), v_shaped(3)])
+def test_a_schedule_that_would_train_nothing_is_refused(read, placement):
+    text = write_schedule(orders_of("forward_only", placement, 5), placement)
+    told = "rank 0: there are 0 backwards of chunk 0, and there must be 5: write a B, or an I and later a W"
+    with pytest.raises(ScheduleError, match=f"line 4: {told}"):
+        read(text)
+
+
+def test_the_mark_that_some_editors_put_first_is_no_mistake(read):
+    assert read(b"\xef\xbb\xbf" + BY_HAND.encode()) == read(BY_HAND)
 
 
 def test_the_text_of_a_schedule_is_as_drawn():
@@ -88,7 +97,7 @@ def test_a_placement_without_a_name_is_not_written():
         ("rank 1:", "rank 2:", r"there must be a line for every rank from 0 on, .* got ranks \[0, 2\]"),
         ("rank 0: F0 F1 B0 B1", "rank 0: F0 F1 B0 X1", "line 4: 'X1' is no pass; write F, B, I or W"),
         ("rank 0: F0 F1 B0 B1", "rank 0: F0 F1 B0 B-1", "line 4: 'B-1' is no pass"),
-        ("rank 0: F0 F1 B0 B1", "rank 0: F0 F1 B0 B1.1", "line 4: rank 0 has 2 chunks; .* straight takes 1"),
+        ("rank 0: F0 F1 B0 B1", "rank 0: F0 F1 B0 B1.1", "line 4: rank 0 has 2 chunks; .* straight takes 1, and"),
         ("rank 0: F0 F1 B0 B1", "rank 0: F1 F0 B0 B1", "line 4: rank 0: forwards .* is microbatch 1 .* be 0"),
         ("rank 0: F0 F1 B0 B1", "rank 0: F0 F1 B1 B0", "line 4: rank 0: backwards .* is microbatch 1 .* be 0"),
         ("rank 0: F0 F1 B0 B1", "rank 0: F0 F1 B0", "line 4: rank 0: there are 1 backwards .* must be 2"),
@@ -129,7 +138,7 @@ def test_chunks_that_differ_between_ranks_are_refused(read):
     assert read(LOOP.replace("looping", "v")).placement == v_shaped(2)
     with pytest.raises(ScheduleError, match=r"line 4: rank 1 has 1 chunks; .* as rank 0, which has 2"):
         read(LOOP.replace("rank 1: F0.0 F0.1 B0.1 B0.0", "rank 1: F0.0 B0.0"))
-    with pytest.raises(ScheduleError, match="line 3: rank 0 has 3 chunks; placement v takes 2 to 2"):
+    with pytest.raises(ScheduleError, match="line 3: rank 0 has 3 chunks; placement v takes 2, and"):
         read(LOOP.replace("looping", "v").replace("F0.1", "F0.2"))
 
 

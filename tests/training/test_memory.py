@@ -156,7 +156,7 @@ def run_watched(layout: Layout) -> Found:
         return microbatch_loss(output, batch, counts, num_classes=SHAPE.vocab_size, tensor=mesh.tensor)
 
     executor = Executor[Batch](
-        stages, criterion, placement=placement, axis=mesh.pipeline, upstream=mesh.upstream, device=CPU
+        stages, criterion, placement=placement, axis=mesh.pipeline, channels=mesh.channels, device=CPU
     )
     with ExitStack() as stack:
         stack.enter_context(live.watching())
@@ -279,12 +279,16 @@ def _measured(settings: Path, recipe: Recipe, layout: Layout) -> Static:
     texts = SimpleNamespace(training=MadeBatches(recipe.shape), validation=None)
     trainer = build_trainer(config, build_mesh(layout), texts, device=CPU)
     gradients, updater = trainer.updater.gradients, trainer.updater
-    buckets = [*gradients.buckets, *gradients._apart]
     states = [tensor for state in updater.optimizer.state.values() for tensor in state.values()]
     masters = [each.weight for each in updater.weights.owned if is_master(each)]
     return Static(
         parameters=bytes_of(p for stage in trainer.chunks for p in stage.parameters()),
-        gradients=bytes_of(tensor for bucket in buckets for tensor in (bucket.flat, bucket.own)),
+        gradients=bytes_of(
+            [
+                *(sums.flat for sums in (*gradients.buckets, *gradients._apart)),
+                *(bucket.own for bucket in gradients.buckets),
+            ]
+        ),
         optimizer=bytes_of([*states, *masters]),
     )
 

@@ -4,6 +4,9 @@
 Attention goes tile by tile and never holds a matrix of scores (Dao et al. 2022, 2023).  Softmax keeps two numbers
 a query: the largest score, and the logarithm of the sum of ``exp(score - largest)``.  Their sum alone would not
 do: beside the lowest float, with which masks are made, the logarithm would vanish.
+
+``part`` leads from queries to keys and from keys to values.  It is added to an address twice, since twice its
+number may be more than its 32 bits hold.
 """
 
 import triton

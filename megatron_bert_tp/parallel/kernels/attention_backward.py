@@ -69,7 +69,7 @@ def queries_kernel(
     for first_key in range(0, keys, block_keys):
         columns = first_key + tl.arange(0, block_keys)
         key = load_rows(packed + head_place + part, columns, sequence, head_size, block_head)
-        value = load_rows(packed + head_place + 2 * part, columns, sequence, head_size, block_head)
+        value = load_rows(packed + head_place + part + part, columns, sequence, head_size, block_head)
         _, grad_scores = tile_gradients(
             query, key, value, grad, mask, (largest, log_sum), sums, rows, columns, first_key,
             mask_query, mask_key, sequence, keys, samples + batch, first_head + head, max_positions, seed,
@@ -101,7 +101,7 @@ def keys_kernel(
     head_place = pair * sequence * head_size
     mask += batch * mask_batch + head * mask_head
     key = load_rows(packed + head_place + part, columns, sequence, head_size, block_head)
-    value = load_rows(packed + head_place + 2 * part, columns, sequence, head_size, block_head)
+    value = load_rows(packed + head_place + part + part, columns, sequence, head_size, block_head)
     grad_key = tl.zeros([block_keys, block_head], dtype=tl.float32)
     grad_value = tl.zeros([block_keys, block_head], dtype=tl.float32)
     num_queries = tl.where(first_key < keys, sequence, 0)  # keys that nobody sees have no gradient
@@ -121,4 +121,4 @@ def keys_kernel(
         grad_value += tl.dot(tl.trans(dropped).to(grad.dtype), grad, input_precision=precision)
         grad_key += tl.dot(tl.trans(grad_scores).to(query.dtype), query, input_precision=precision)
     store_rows(grad_packed + head_place + part, grad_key * scale, columns, sequence, head_size, block_head)
-    store_rows(grad_packed + head_place + 2 * part, grad_value, columns, sequence, head_size, block_head)
+    store_rows(grad_packed + head_place + part + part, grad_value, columns, sequence, head_size, block_head)

@@ -48,7 +48,7 @@ def forward_kernel(
                 threshold, block_keys, is_aligned,
             )  # fmt: skip
             weights = tl.where(kept, weights, 0.0)
-        value = load_rows(head_base + 2 * part, columns, sequence, head_size, block_head)
+        value = load_rows(head_base + part + part, columns, sequence, head_size, block_head)
         result = result * shrunk[:, None]
         result += tl.dot(weights.to(value.dtype), value, input_precision=precision)
         largest = larger

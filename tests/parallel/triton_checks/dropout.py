@@ -6,7 +6,7 @@ import torch
 from megatron_bert_tp.errors import ArgumentError
 from megatron_bert_tp.parallel import random_bits
 from megatron_bert_tp.parallel.random_bits import Place, RandomBits, keep_mask
-from megatron_bert_tp.parallel.triton_dropout import NO_POSITION, TokenBits, bias_dropout_add, dropout_add
+from megatron_bert_tp.parallel.triton_dropout import NO_POSITION, TokenBits, bias_dropout_add
 
 WHERE = {"layer": 5, "place": Place.MLP_OUTPUT}
 # Rows of one length; packed rows, the last one with padding; a run of tokens that ends in padding.
@@ -19,6 +19,12 @@ SHAPES = {"rows": (ROWS, 3, 12), "packed": (PACKED, 1, 19), "run": (RUN, 1, 24)}
 def draw(seed, shape, device, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+
+
+def dropout_add(x, residual, bits, **arguments):
+    """The kernel in the place of `random_bits.dropout_add`."""
+    tokens = None if bits is None else TokenBits.of(bits, x.shape[1], x.device)
+    return bias_dropout_add(x, None, residual, tokens, **arguments)
 
 
 def leaves(*tensors, device):
@@ -64,9 +70,8 @@ def test_a_slice_of_tokens_is_the_slice_of_the_whole(device):
     product, residual = draw(0, (19, 48), device), draw(1, (19, 48), device)
     whole = bias_dropout_add(product, None, residual, tokens, probability=0.4, **WHERE)
     for chosen in (slice(0, 5), slice(3, 18), slice(18, 19)):
-        part = bias_dropout_add(
-            product[chosen], None, residual[chosen], tokens.of_tokens(chosen), probability=0.4, **WHERE
-        )
+        own = TokenBits(tokens.seed, tokens.samples[chosen], tokens.positions[chosen])
+        part = bias_dropout_add(product[chosen], None, residual[chosen], own, probability=0.4, **WHERE)
         assert torch.equal(part, whole[chosen])
 
 
@@ -105,6 +110,16 @@ def test_16_bits_with_a_residual_of_32_as_under_autocast(device, dtype):
     assert torch.equal(found, expected)
     assert x.grad.dtype == dtype
     assert ((x.grad - own.grad).abs() <= torch.finfo(dtype).eps * own.grad.abs()).all()
+
+
+def test_tensors_that_are_not_contiguous_are_read_as_they_are(device):
+    tokens = TokenBits.of(RandomBits(1, (6,)), 8, device)
+    product, residual = draw(0, (32, 8), device).mT, draw(1, (32, 8), device).mT
+    bias = draw(2, (32, 3), device)[:, 1]
+    found = bias_dropout_add(product, bias, residual, tokens, probability=0.3, **WHERE)
+    copies = (tensor.contiguous() for tensor in (product, bias, residual))
+    assert not any(tensor.is_contiguous() for tensor in (product, bias, residual))
+    assert torch.equal(found, bias_dropout_add(*copies, tokens, probability=0.3, **WHERE))
 
 
 def test_without_residual_and_with_a_gradient_that_is_not_contiguous(device):
