@@ -174,7 +174,7 @@ class ParallelConfig:
         "1f1b", "order of forward and backward passes; file: as parallel.schedule_file has it"
     )
     schedule_file: str | None = setting(None, "schedule written by hand; see docs/schedules.md")
-    virtual: int = setting(1, "stages of one rank: above 1 for interleaved, 2 for zb-v", at_least=1)
+    virtual: int = setting(1, "stages of one rank: any number for interleaved, 2 for zb-v", at_least=1)
     overlap_messages: bool = setting(False, "start messages between stages early and wait for them late")
     shard_optimizer: bool = setting(False, "share out the optimizer's work and memory over the data ranks")
     recompute: Literal["none", "selective", "full"] = setting(
