@@ -8,6 +8,7 @@ from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.schema import Config, ParallelConfig
 from megatron_bert_tp.data.samples.source import SampleSource
+from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.pipeline.partition import StagePlan
 from megatron_bert_tp.training.resume import changed_settings, samples_at_the_end
 from megatron_bert_tp.training.run_directory import CHECKPOINTS
@@ -24,7 +25,7 @@ def opening(
 ) -> str:
     """Layout, text, and where the run begins."""
     parallel, mesh = config.parallel, trainer.mesh
-    extras = _switched_on(config)
+    extras = _switched_on(config, mesh)
     layers = ", ".join(str(len(plan.layers)) for plan in plans)
     processes = f"{environment.world_size} process{'es' if environment.world_size > 1 else ''}"
     end = samples_at_the_end(config, steps_done=trainer.steps_done, samples_done=trainer.samples_done)
@@ -33,6 +34,7 @@ def opening(
             f"{processes}: data {mesh.data.size} x pipeline {parallel.pipeline} x tensor {parallel.tensor}; "
             f"{_device(trainer)}, {config.optimizer.precision}, {_schedule(parallel)}, layers {layers}",
             *([f"with {', '.join(extras)}"] if extras else []),
+            *_without_effect(config, mesh),
             *_corpora(trainer.texts.source, end),
             *_beginning(config, trainer.steps_done, checkpoint),
         ]
@@ -67,20 +69,32 @@ def _schedule(parallel: ParallelConfig) -> str:
     return name if parallel.virtual == 1 else f"{name} with {parallel.virtual} stages a rank"
 
 
-def _switched_on(config: Config) -> list[str]:
+def _switched_on(config: Config, mesh: ParallelMesh) -> list[str]:
     """What is not on unless it is asked for."""
     parallel = config.parallel
     where = "" if parallel.recompute_every == 1 else f" in 1 layer of {parallel.recompute_every}"
     choices = {
         config.optimizer.name: config.optimizer.name != "adamw",
-        "sequence parallelism": parallel.sequence,
-        "sharded optimizer": parallel.shard_optimizer,
-        "overlapped messages": parallel.overlap_messages,
+        "sequence parallelism": parallel.sequence and mesh.tensor.size > 1,
+        "sharded optimizer": parallel.shard_optimizer and mesh.data.size > 1,
+        "overlapped messages": parallel.overlap_messages and mesh.pipeline.size > 1,
         f"{parallel.recompute} recomputation{where}": parallel.recompute != "none",
         f"packing {parallel.packing}": parallel.packing != "none",
         "kernels of apex": config.run.fused == "apex",
     }
     return [name for name, is_on in choices.items() if is_on]
+
+
+def _without_effect(config: Config, mesh: ParallelMesh) -> list[str]:
+    """Settings that this layout leaves nothing to do; another one may, so they are no error."""
+    parallel = config.parallel
+    asked = {
+        "parallel.sequence (tensor size 1)": parallel.sequence and mesh.tensor.size == 1,
+        "parallel.shard_optimizer (data size 1)": parallel.shard_optimizer and mesh.data.size == 1,
+        "parallel.overlap_messages (pipeline size 1)": parallel.overlap_messages and mesh.pipeline.size == 1,
+    }
+    idle = [name for name, is_asked in asked.items() if is_asked]
+    return [f"without effect here: {', '.join(idle)}"] if idle else []
 
 
 def _device(trainer: Trainer) -> str:
