@@ -40,6 +40,7 @@ from megatron_bert_tp.model.static_memory import (
     parameter_bytes,
     stage_tensors,
 )
+from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.parallel.mesh import MeshShape, ParallelMesh
 from megatron_bert_tp.parallel.weight_gradients import WeightGradients, Work
 from megatron_bert_tp.pipeline.schedule import orders_of, placement_of
@@ -215,7 +216,8 @@ class MadeTexts:
 def trainer_of(config: Config, mesh: ParallelMesh) -> Trainer:
     """The trainer of `pretrain`, over made-up text."""
     texts: Any = _Sources(MadeTexts(config))
-    return build_trainer(config, mesh, texts, device=torch.device("cpu"))
+    agreement = Agreement.of_world(timedelta(seconds=120))
+    return build_trainer(config, mesh, texts, agreement=agreement, device=torch.device("cpu"))
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from rich.table import Table
 from megatron_bert_tp.config.load import load_config
 from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.data.preprocessing.preprocess import preprocess
+from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
 from megatron_bert_tp.training.build import build_trainer
 from megatron_bert_tp.training.processes import keep_freed_memory
@@ -139,7 +140,9 @@ def alternate(
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Tokens per second of each way, round by round; and the share of all time that was spent waiting for data."""
     trainers: dict[str, Trainer] = {
-        way: build_trainer(config, ParallelMesh.alone(), texts[way], device=torch.device("cpu"))
+        way: build_trainer(
+            config, ParallelMesh.alone(), texts[way], agreement=Agreement.alone(), device=torch.device("cpu")
+        )
         for way, config in configs.items()
     }
     speeds: dict[str, list[float]] = {way: [] for way in WAYS}

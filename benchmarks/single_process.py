@@ -32,6 +32,7 @@ from megatron_bert_tp.demo.sources import installed_sources
 from megatron_bert_tp.model.initialisation import initial_tensor
 from megatron_bert_tp.model.shape import tensor_shapes
 from megatron_bert_tp.optim.roles import is_decayed
+from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.parallel.cross_entropy import IGNORED
 from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
 from megatron_bert_tp.training.build import build_trainer, model_shape
@@ -135,7 +136,8 @@ def measure(name: str, folder: Path, *, steps: int, tuned: bool) -> dict[str, fl
 def package_step(config: Config) -> Step:
     """A step of this package's own trainer."""
     texts = open_texts(config, Axis.alone("data"), say=print)
-    trainer = build_trainer(config, ParallelMesh.alone(), texts, device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    trainer = build_trainer(config, ParallelMesh.alone(), texts, agreement=Agreement.alone(), device=cpu)
 
     def step(_number: int) -> tuple[float, int]:
         report = trainer.train_step()

@@ -24,13 +24,13 @@ def main(arguments: list[str]) -> None:
 
     from megatron_bert_tp.prediction.predictor import Predictor
     from megatron_bert_tp.prediction.stream import answer_stream, opened_sink, opened_source
-    from megatron_bert_tp.training.failures import telling
+    from megatron_bert_tp.training.failures import Ending, telling
     from megatron_bert_tp.training.processes import build_mesh, choose_device, process_group
 
     device = choose_device(given.device, environment.local_rank, option="--device")
     with ExitStack() as stack:
         stack.enter_context(process_group(environment, device, PATIENCE))
-        stack.enter_context(telling(environment))
+        stack.enter_context(telling(Ending(environment)))
         mesh = build_mesh(environment, device, tensor=given.tensor, pipeline=1, ends=(0,), timeout=PATIENCE)
         source = stack.enter_context(opened_source(given.input)) if environment.is_first else None
         predictor = Predictor.open(

@@ -17,6 +17,7 @@ from megatron_bert_tp.config.schema import Config, ModelConfig
 from megatron_bert_tp.data.batch import Batch
 from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.objectives.pretraining import Counts, Losses
+from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.training.build import build_trainer, pretrain
 from megatron_bert_tp.training.texts import open_texts
 from megatron_bert_tp.training.trainer import Trainer
@@ -25,6 +26,7 @@ from tests.support import (
     CPU,
     LENGTHS,
     ODD_SHAPE,
+    TIMEOUT,
     Layout,
     Recipe,
     batches_of_step,
@@ -84,7 +86,8 @@ def configure(settings: Path, recipe: Recipe, layout: Layout, *overrides: str) -
 def trainer_of(config: Config, layout: Layout) -> Trainer:
     """New trainer of this rank over the corpus, as `pretrain` builds it."""
     mesh = build_mesh(layout)
-    return build_trainer(config, mesh, open_texts(config, mesh.data, say=print), device=CPU)
+    texts = open_texts(config, mesh.data, say=print)
+    return build_trainer(config, mesh, texts, agreement=Agreement.of_world(TIMEOUT), device=CPU)
 
 
 def trainer_of_made(
@@ -96,7 +99,7 @@ def trainer_of_made(
     config = configure(settings, recipe, layout, *sizes)
     mesh = build_mesh(layout)
     texts = SimpleNamespace(training=MadeBatches(recipe.shape), validation=None)
-    trainer = build_trainer(config, mesh, texts, device=CPU)
+    trainer = build_trainer(config, mesh, texts, agreement=Agreement.of_world(TIMEOUT), device=CPU)
     if weights is not None:
         for stage in trainer.chunks:
             load_whole_(stage, weights)

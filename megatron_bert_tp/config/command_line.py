@@ -9,10 +9,8 @@ from pathlib import Path
 from megatron_bert_tp.config.environment import LaunchEnvironment, read_environment
 from megatron_bert_tp.config.load import load_config
 from megatron_bert_tp.config.schema import Config
-from megatron_bert_tp.errors import ConfigError, MegatronBertError
+from megatron_bert_tp.errors import ConfigError, ExitCode, MegatronBertError
 
-USER_ERROR = 2
-_INTERRUPTED = 130
 _PIPE_CLOSED = 141  # as the shell has it for a process that SIGPIPE ends
 _HELP = {"-h", "--help"}
 
@@ -22,7 +20,7 @@ def run_command(
 ) -> int:
     """Exit code of ``main(arguments)``; help and user errors are printed once in a launch.
 
-    An error that the user can mend becomes one message on stderr and exit code 2.
+    An error that the user can mend becomes one message on stderr and the exit code of its class.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -32,14 +30,15 @@ def run_command(
             return 0
     except MegatronBertError as error:
         tell_error(str(error), LaunchEnvironment())
-        return USER_ERROR
+        return error.exit_code
     try:
         return main(given) or 0
     except MegatronBertError as error:
-        tell_error(str(error), environment)
-        return USER_ERROR
+        if not error.is_told:
+            tell_error(str(error), environment)
+        return error.exit_code
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return ExitCode.INTERRUPTED
     except BrokenPipeError:  # whoever read the output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its end
         return _PIPE_CLOSED

@@ -10,6 +10,7 @@ from megatron_bert_tp.config.optimizer_rules import OPTIMIZER_RULES
 from megatron_bert_tp.config.parallel_rules import PARALLEL_RULES
 from megatron_bert_tp.config.problems import Problem, listed, shown
 from megatron_bert_tp.config.rule import WORLD_SIZE, Broken, Rule, divisors, near, shortened
+from megatron_bert_tp.config.run_rules import RUN_RULES
 
 # Dropout compares 16 random bits: a probability that rounds to 0 of their 65536 values would drop nothing.
 _SMALLEST_DROPOUT = 1e-5
@@ -147,4 +148,5 @@ RULES: tuple[Rule, ...] = (
     Rule(("objective.masking.span_lengths", "objective.masking.longest_span"), _spans_are_drawn),
     *OPTIMIZER_RULES,
     *PARALLEL_RULES,
+    *RUN_RULES,
 )

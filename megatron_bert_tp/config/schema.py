@@ -196,13 +196,42 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnomaliesConfig:
+    """What happens where numbers go wrong."""
+
+    not_finite: Literal["stop", "skip"] = setting(
+        "stop", "a loss or gradient that is not finite ends the run, or its step moves nothing"
+    )
+    spike: Literal["report", "skip", "stop"] = setting(
+        "report", "a spike of the gradient norm is reported, or its step moves nothing, or ends the run"
+    )
+    spike_factor: float | None = setting(
+        10.0, "a norm above so many times the median of the latest norms is a spike; null: none is", above=1
+    )
+    spike_window: int = setting(50, "latest norms that are looked at", at_least=5, at_most=10_000)
+    most_skips: int = setting(10, "skipped steps in a row at which a run gives up", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where a run writes, how often, and on what it runs."""
 
     directory: str = setting(required=True, meaning="folder for metrics.jsonl, checkpoints and config.yaml")
-    resume: str = setting("auto", "auto: newest checkpoint of the folder; never: start anew; or a checkpoint")
+    resume: str = setting(
+        "auto", "auto: newest whole checkpoint of the folder; never: start anew; or a checkpoint"
+    )
+    allow_changes: bool = setting(False, "go on though settings that decide the loss curve have changed")
     save_every: int = setting(1000, "steps between checkpoints (the last step always saves)", at_least=1)
     keep_last: int = setting(2, "newest checkpoints that are kept", at_least=1)
+    keep_every: int | None = setting(
+        None, "besides, checkpoints whose step is a multiple of this are kept for good", at_least=1
+    )
+    save_in_background: bool = setting(True, "train on while a checkpoint is written")
+    save_failure: Literal["stop", "continue"] = setting(
+        "stop", "a checkpoint that cannot be written ends the run, or is told and tried again when the next is due"
+    )
+    stop_after: str | None = setting(None, "save and stop in time for this, such as 3h50m or 45m; null: never")
+    requeue: bool = setting(False, "under SLURM: put the job back into the queue when it stops before its end")
     evaluate_every: int = setting(1000, "steps between evaluations (the last step always evaluates)", at_least=1)
     evaluation_samples: int = setting(512, "held-out samples of an evaluation; 0 never evaluates", at_least=0)
     index_cache: str | None = setting(None, "folder for sample indexes; null: beside each corpus")
@@ -210,11 +239,23 @@ class RunConfig:
         0, "processes that make batches ahead; 0: a thread of the training process", at_least=0, at_most=64
     )
     log_every: int = setting(1, "steps between console lines (every step is in metrics.jsonl)", at_least=1)
+    check_replicas_every: int = setting(
+        100, "steps between checks that ranks which hold the same parameters agree; 0 never checks", at_least=0
+    )
+    stragglers_every: int = setting(
+        50, "steps between comparisons of the ranks' speed; 0 never compares", at_least=0
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU where torch sees one, else the CPU")
     fused: Literal["torch", "apex"] = setting(
         "torch", "whose fused kernels run: torch's, or NVIDIA's apex where it is installed"
     )
-    timeout_seconds: float = setting(600.0, "longest wait for a message before a run fails", above=0)
+    timeout_seconds: float = setting(
+        600.0, "longest silence of a rank at the start, while saving and in messages, before a run fails", above=0
+    )
+    step_timeout_seconds: float | None = setting(
+        None, "longest silence of a rank within a step; null: 10 median steps, 60 s at least", above=0
+    )
+    anomalies: AnomaliesConfig = field(default_factory=AnomaliesConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

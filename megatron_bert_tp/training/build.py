@@ -20,6 +20,7 @@ from megatron_bert_tp.model.stage import MegatronBertStage
 from megatron_bert_tp.optim.apex import mixed_layer_norm
 from megatron_bert_tp.optim.loss_scale import LossScale
 from megatron_bert_tp.optim.rules import build_optimizer
+from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.parallel.collectives import sum_over_
 from megatron_bert_tp.parallel.gradients import Gradients, Reduction
 from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
@@ -27,7 +28,8 @@ from megatron_bert_tp.parallel.ownership import OwnedWeights
 from megatron_bert_tp.parallel.triton_dropout import kernels_for
 from megatron_bert_tp.pipeline.partition import StagePlan, partition, stage_costs
 from megatron_bert_tp.pipeline.placement import Placement
-from megatron_bert_tp.training.failures import telling, together
+from megatron_bert_tp.training.failures import Ending, telling, together
+from megatron_bert_tp.training.loop import run
 from megatron_bert_tp.training.numbers import (
     batch_size,
     microbatches_of_steps,
@@ -68,7 +70,8 @@ def pretrain(config: Config, environment: LaunchEnvironment) -> None:
     timeout = timedelta(seconds=config.run.timeout_seconds)
     with ExitStack() as stack:
         stack.enter_context(process_group(environment, device, timeout))
-        stack.enter_context(telling(environment))
+        stack.enter_context(telling(Ending(environment)))
+        agreement = Agreement.of_world(timeout)
         mesh = build_mesh(
             environment,
             device,
@@ -78,15 +81,15 @@ def pretrain(config: Config, environment: LaunchEnvironment) -> None:
             timeout=timeout,
         )
         texts = open_texts(config, mesh.data, say=print if environment.is_first else say_nothing)
-        checkpoint = checkpoint_to_resume(config, environment, device)
-        trainer = build_trainer(config, mesh, texts, device=device, checkpoint=checkpoint)
-        prepare(config, environment, device)
+        checkpoint = checkpoint_to_resume(config, environment, agreement)
+        trainer = build_trainer(config, mesh, texts, agreement=agreement, device=device, checkpoint=checkpoint)
+        prepare(config, environment, agreement)
         reporter = stack.enter_context(_reporter(config, trainer.steps_done)) if environment.is_first else None
-        directory = RunDirectory(config, environment, mesh=mesh, device=device, reporter=reporter)
+        directory = RunDirectory(config, environment, mesh=mesh, agreement=agreement, reporter=reporter)
         directory.say(opening(config, environment, trainer, checkpoint, plans=stage_plans(config)))
         begun = trainer.samples_done
         try:
-            trainer.run(directory)
+            run(trainer, directory)
         except KeyboardInterrupt:
             directory.say(interruption(config, trainer.steps_done))
             raise
@@ -101,6 +104,7 @@ def build_trainer(
     mesh: ParallelMesh,
     texts: Texts,
     *,
+    agreement: Agreement,
     device: torch.device,
     checkpoint: Checkpoint | None = None,
 ) -> Trainer:
@@ -108,7 +112,7 @@ def build_trainer(
     passes = Passes(config.parallel)
     passes.check_batches(microbatches_of_steps(config, mesh.data.size))
     chunks = _chunks(config, mesh, passes.placement, device)
-    with together(device):
+    with together(agreement):
         fill = weights_source(config, chunks.shape, checkpoint, checks=mesh.is_first)
         fill((part, part.view(part.parameter)) for part in chunks.parts())
         updater = _updater(config, mesh, chunks, checkpoint)

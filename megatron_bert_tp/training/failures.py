@@ -1,81 +1,146 @@
-"""What goes wrong on some rank: told by that rank while it can be heard, and known to all where they agree."""
+"""What goes wrong on some rank: known to all where they agree, and told once, by whoever fails first."""
 
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-import torch
-import torch.distributed as dist
-
-from megatron_bert_tp.config.command_line import USER_ERROR, tell_error
+from megatron_bert_tp.config.command_line import tell_error
 from megatron_bert_tp.config.environment import LaunchEnvironment
-from megatron_bert_tp.errors import MegatronBertError, TrainingError
+from megatron_bert_tp.errors import DirectoryError, ElsewhereError, ExitCode, MegatronBertError, PeerLostError
+from megatron_bert_tp.parallel.agreement import Agreement
+from megatron_bert_tp.reliability.outcome import Outcome, OutcomeFile
 
-_LONGEST = 2000  # bytes of a failure that the other ranks get
-_PREFIX = 2  # bytes in which its length stands; 0 is no failure
+# What gloo and NCCL say when a peer has gone; torch has no class for it.
+_LOST = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "timed out waiting",
+    "socket timeout",
+    "connection was likely closed",
+    "remote process exited",
+    "nccl communicator was aborted",
+)
+_PATIENCE = 2.0
+"""Seconds for which a rank that has lost a peer lets that peer tell its own cause first."""
+
+
+@dataclass
+class Ending:
+    """What is known of a run when it ends: where its outcome goes, and how far it is."""
+
+    environment: LaunchEnvironment
+    file: OutcomeFile | None = None
+    steps_done: Callable[[], int | None] = field(default=lambda: None)
+    checkpoint: Callable[[], str | None] = field(default=lambda: None)
+    missing_peers: Callable[[], str | None] = field(default=lambda: None)
+    """Peers on this host that are gone, in words."""
+
+    def outcome(self, code: ExitCode, cause: str, rank: int | None = None) -> Outcome:
+        """Outcome of this rank, with where the run stands."""
+        checkpoint = self.checkpoint()
+        way_on = "none is kept: start again" if checkpoint is None else "the same command goes on from there"
+        return Outcome(
+            code=code,
+            cause=cause,
+            rank=self.environment.rank if rank is None else rank,
+            step=self.steps_done(),
+            checkpoint=checkpoint,
+            next=way_on,
+        )
+
+    def claim(self, outcome: Outcome) -> bool:
+        """Whether this rank is the first to tell how the run ended."""
+        return self.file is None or self.file.claim(outcome)
 
 
 @contextmanager
-def telling(environment: LaunchEnvironment) -> Iterator[None]:
-    """Context manager inside the process group that prints what the user can mend and exits with 2.
+def telling(ending: Ending) -> Iterator[None]:
+    """Context manager inside the process group, around all that can fail: tells a failure, and raises it again.
 
-    While a rank waits for its turn to tell, it is still connected, so that peers which wait for its messages
-    go on waiting.  Without the group they would fail at once, and torchrun would end this rank in silence.
+    The rank that fails first tells it while its peers still hold a connection to it.  Peers that fail because
+    of that add nothing.
     """
     try:
         yield
     except (MegatronBertError, OSError) as error:
-        tell_error(_text(error), environment)
-        raise SystemExit(USER_ERROR) from error
+        raise _told(as_ours(error), ending) from error
+    except Exception as error:
+        if not is_peer_lost(error):
+            if ending.claim(ending.outcome(ExitCode.BUG, f"{type(error).__name__}: {error}")):
+                raise
+            print(f"rank {ending.environment.rank} failed too: {type(error).__name__}: {error}", file=sys.stderr)
+            raise SystemExit(ExitCode.BUG) from error
+        raise _peer_lost(error, ending) from error
 
 
 @contextmanager
-def together(device: torch.device) -> Iterator[None]:
+def together(agreement: Agreement) -> Iterator[None]:
     """Context manager around what one rank does for all; every rank enters it, and it ends like a barrier.
 
-    Where it fails on a rank, all ranks raise: rank 0 can tell it, and nobody waits for messages that never come.
+    Where it fails on a rank, all ranks raise, so that nobody waits for messages that never come.
     """
-    failure: MegatronBertError | OSError | None = None
+    failure: MegatronBertError | None = None
     try:
         yield
     except (MegatronBertError, OSError) as error:
-        failure = error
-    told = first_failure(None if failure is None else _text(failure), device)
-    if failure is not None:
+        failure = as_ours(error)
+    told = agreement.first(None if failure is None else f"{int(failure.exit_code)} {failure}")
+    if told is None:
+        return
+    if failure is not None and told.rank == agreement.rank:
         raise failure
-    if told is not None:
-        raise TrainingError(told)
+    code, _, text = told.text.partition(" ")
+    raise ElsewhereError(text, rank=told.rank, exit_code=int(code))
 
 
-def first_failure(text: str | None, device: torch.device) -> str | None:
-    """The text of the first rank that hands one in, cut to 2000 bytes; every rank must call it.
-
-    None when all ranks hand in None.  ``device`` is that of the group's messages.
-    """
-    if not dist.is_initialized():
-        return text
-    own = _packed(text).to(device)
-    all_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(all_ranks, own)
-    return next(filter(None, map(_unpacked, all_ranks)), None)
+def is_peer_lost(error: BaseException) -> bool:
+    """Whether an error of torch says that another process is gone or silent."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _LOST)
 
 
-def _packed(text: str | None) -> torch.Tensor:
-    """``[2002]`` bytes: length, text, padding."""
-    content = b"" if text is None else (text or "unknown failure").encode()[:_LONGEST]
-    framed = len(content).to_bytes(_PREFIX, "big") + content
-    return torch.frombuffer(bytearray(framed.ljust(_PREFIX + _LONGEST, b"\0")), dtype=torch.uint8)
-
-
-def _unpacked(packed: torch.Tensor) -> str | None:
-    content = bytes(packed.tolist())
-    length = int.from_bytes(content[:_PREFIX], "big")
-    # The cut may have split a character.
-    return content[_PREFIX : _PREFIX + length].decode(errors="ignore") if length else None
-
-
-def _text(error: MegatronBertError | OSError) -> str:
-    """Message for the user: our own, or path, reason and way out of what the operating system refused."""
+def as_ours(error: MegatronBertError | OSError) -> MegatronBertError:
+    """The error itself, or path, reason and way out of what the operating system refused."""
     if isinstance(error, MegatronBertError):
-        return str(error)
+        return error
     place = "" if error.filename is None else f"{error.filename}: "
-    return f"{place}{error.strerror or error}; check the path, its permissions and the free space"
+    refused = DirectoryError(
+        f"{place}{error.strerror or error}; check the path, its permissions and the free space"
+    )
+    refused.__cause__ = error
+    return refused
+
+
+def _told(error: MegatronBertError, ending: Ending) -> MegatronBertError:
+    """Tell ``error`` if this rank is the first to."""
+    rank = error.rank if isinstance(error, ElsewhereError) else ending.environment.rank
+    outcome = ending.outcome(error.exit_code, str(error), rank)
+    if ending.file is None:
+        tell_error(str(error), ending.environment)
+    elif ending.claim(outcome):
+        speaker = f" on rank {rank}" if ending.environment.world_size > 1 else ""
+        print(f"error{speaker}: {error}\n{outcome.line()}", file=sys.stderr, flush=True)
+    error.is_told = True
+    return error
+
+
+def _peer_lost(error: Exception, ending: Ending) -> MegatronBertError:
+    """Let the peer tell its cause; if it cannot any more, tell that it is gone."""
+    patience = time.monotonic() + _PATIENCE
+    while time.monotonic() < patience and not _is_told_already(ending):
+        time.sleep(0.05)
+    # torchrun finds out by whole seconds who failed first.
+    time.sleep(1.1)
+    lost = PeerLostError(f"{ending.missing_peers() or 'another rank'} is gone: {str(error).splitlines()[0]:.200}")
+    if _is_told_already(ending):
+        lost.is_told = True
+        return lost
+    return _told(lost, ending)
+
+
+def _is_told_already(ending: Ending) -> bool:
+    return ending.file is not None and ending.file.read() is not None

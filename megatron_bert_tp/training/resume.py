@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
-
 from megatron_bert_tp.checkpoint.directories import latest_checkpoint
 from megatron_bert_tp.checkpoint.durable import JSON, sha256_of
 from megatron_bert_tp.checkpoint.read import Checkpoint
@@ -12,6 +10,7 @@ from megatron_bert_tp.config.dump import to_dict
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.errors import CheckpointError
+from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.training.failures import together
 from megatron_bert_tp.training.numbers import batch_size
 from megatron_bert_tp.training.run_directory import CHECKPOINTS, SAMPLES, SETTINGS, tokenizer_name
@@ -20,14 +19,14 @@ _LEARNED = ("model", "data", "objective", "optimizer")
 
 
 def checkpoint_to_resume(
-    config: Config, environment: LaunchEnvironment, device: torch.device
+    config: Config, environment: LaunchEnvironment, agreement: Agreement
 ) -> Checkpoint | None:
     """What ``run.resume`` names, its files verified by the first rank."""
     checkpoint = _named_checkpoint(config)
     if checkpoint is None:
         return None
     _check_tokenizer(checkpoint, config)
-    with together(device):
+    with together(agreement):
         if environment.is_first:
             checkpoint.verify()
     return checkpoint

@@ -4,7 +4,6 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -19,9 +18,9 @@ from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.errors import TrainingError
 from megatron_bert_tp.formats.convert import LOWERCASE
 from megatron_bert_tp.model.chunks import Chunks
-from megatron_bert_tp.parallel.collectives import maximum_over_
+from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.parallel.mesh import ParallelMesh
-from megatron_bert_tp.training.failures import first_failure, together
+from megatron_bert_tp.training.failures import together
 from megatron_bert_tp.training.progress import Record, Reporter
 from megatron_bert_tp.training.state import facts_of, held_rectangles
 from megatron_bert_tp.training.update import Updater
@@ -40,11 +39,11 @@ class RunDirectory:
         environment: LaunchEnvironment,
         *,
         mesh: ParallelMesh,
-        device: torch.device,
+        agreement: Agreement,
         reporter: Reporter | None,
     ) -> None:
         self._config, self._environment, self._reporter = config, environment, reporter
-        self._mesh, self._device = mesh, device
+        self._mesh, self._agreement = mesh, agreement
         self.path = Path(config.run.directory)
 
     def say(self, text: str) -> None:
@@ -60,10 +59,7 @@ class RunDirectory:
     def lacks_evaluation(self, steps_done: int) -> bool:
         """Whether a run of this folder was ended between a step and its evaluation; every rank must ask."""
         lacks = self._reporter is not None and self._reporter.lacks_evaluation(steps_done)
-        flag = torch.tensor([float(lacks)], device=self._device)
-        for axis in (self._mesh.tensor, self._mesh.pipeline, self._mesh.data):
-            maximum_over_(flag, axis)
-        return bool(flag.item())
+        return bool(self._agreement.maximum([lacks])[0])
 
     def report_evaluation(self, record: Record) -> None:
         """One evaluation, on console and in metrics.jsonl."""
@@ -80,11 +76,15 @@ class RunDirectory:
             attachments={tokenizer_name(self._config): self.path / tokenizer_name(self._config)},
             rank=self._environment.rank,
             world_size=self._environment.world_size,
-            agree=partial(first_failure, device=self._device),
+            agree=self._first_text,
             keep_last=self._config.run.keep_last,
         )
         self.say(f"checkpoint {path}")
         return path
+
+    def _first_text(self, text: str | None) -> str | None:
+        told = self._agreement.first(text)
+        return None if told is None else told.text
 
     def _facts(self, chunks: Chunks, samples: int) -> Mapping[str, JSON]:
         return {
@@ -96,9 +96,9 @@ class RunDirectory:
         }
 
 
-def prepare(config: Config, environment: LaunchEnvironment, device: torch.device) -> None:
+def prepare(config: Config, environment: LaunchEnvironment, agreement: Agreement) -> None:
     """Make the folder and keep settings and tokenizer in it; the other ranks wait for it."""
-    with together(device):
+    with together(agreement):
         if environment.is_first:
             path = Path(config.run.directory)
             if path.exists() and not path.is_dir():

@@ -1,10 +1,8 @@
-"""The training loop: take batches, run the program, sum gradients, step, report, save."""
+"""One training step: take batches, run the program, sum gradients, move the weights; and an evaluation."""
 
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from statistics import median
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,7 +18,6 @@ from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
 from megatron_bert_tp.pipeline.executor import Executor
 from megatron_bert_tp.pipeline.instructions import Program
 from megatron_bert_tp.training.passes import Passes
-from megatron_bert_tp.training.run_directory import RunDirectory
 from megatron_bert_tp.training.texts import Texts
 from megatron_bert_tp.training.update import Done, Update, Updater
 
@@ -92,23 +89,6 @@ class Trainer:
         self._passes = passes
         self._held_out: list[Batch] | None = None
 
-    def run(self, directory: RunDirectory) -> None:
-        """Train to the last step; saves and evaluates on the way and at the end."""
-        seconds: deque[float] = deque(maxlen=50)
-        if self._is_evaluated and directory.lacks_evaluation(self.steps_done):
-            directory.report_evaluation(self._evaluation_record())
-        while self.steps_done < self.pace.steps:
-            started = time.perf_counter()
-            report = self.train_step()
-            seconds.append(time.perf_counter() - started)
-            directory.report_step(_record(report, seconds, self.pace.steps))
-            if self._is_due(self.pace.save_every):
-                directory.save(
-                    self.chunks, self.updater, steps_done=self.steps_done, samples_done=self.samples_done
-                )
-            if self._is_evaluated:
-                directory.report_evaluation(self._evaluation_record())
-
     def train_step(self) -> StepReport:
         """One optimizer step over the global batch."""
         started = time.perf_counter()
@@ -169,47 +149,9 @@ class Trainer:
             self._held_out = [batch.to(self.device) for batch in batches]
         return self._held_out
 
-    def _evaluation_record(self) -> dict[str, float | int | str]:
-        losses, counts = self.evaluate()
-        record = {"step": self.steps_done, **_loss_fields(losses), "masked": counts.masked}
-        if self.steps_done == self.pace.steps:
-            record["unigram_loss"] = self._unigram_loss(counts)
-        return record
-
-    def _unigram_loss(self, counts: Counts) -> float:
+    def unigram_loss(self, counts: Counts) -> float:
         """What a model of word frequencies alone gets on the same targets, over all data ranks."""
         own = count(self._held_out_batches(), Axis.alone("data"), self.device).masked
         loss = self.texts.unigram_loss(self._held_out_batches()) if own else 0.0
         total = torch.tensor([loss * own], dtype=torch.float64, device=self.device)
         return sum_over_(total, self.mesh.data).item() / max(1, counts.masked)
-
-    @property
-    def _is_evaluated(self) -> bool:
-        """Whether the step just done is one after which the held-out part is looked at."""
-        return self.texts.validation is not None and self._is_due(self.pace.evaluate_every)
-
-    def _is_due(self, every: int) -> bool:
-        return self.steps_done % every == 0 or self.steps_done == self.pace.steps
-
-
-def _loss_fields(losses: Losses) -> dict[str, float | int | str]:
-    return {"loss": losses.loss, **asdict(losses)}
-
-
-def _record(report: StepReport, seconds: deque[float], steps: int) -> dict[str, float | int | str]:
-    return {
-        "step": report.step,
-        "samples": report.samples,
-        **_loss_fields(report.losses),
-        "grad_norm": report.update.grad_norm,
-        "learning_rate": report.update.learning_rate,
-        "weight_decay": report.update.weight_decay,
-        "tokens": report.work.tokens,
-        "tokens_per_second": report.work.tokens / seconds[-1],
-        "padding": 1 - report.work.tokens / report.work.positions,
-        "seconds": seconds[-1],
-        "data_seconds": report.data_seconds,
-        "seconds_left": (steps - report.step) * median(seconds),
-        "loss_scale": report.update.loss_scale,
-        "skipped": int(report.update.is_skipped),
-    }

@@ -22,8 +22,8 @@ ODD = ModelShape(1003, 16, 5, 4, 32, 16, 2)  # 1003 entries pad on tensor 2 and 
 TINY = ModelShape(9, 8, 1, 4, 8, 8, 2)  # on tensor 4, two ranks have no row of the vocabulary
 
 
-class Agreement:
-    """What `first_failure` does among processes, among threads that stand for ranks."""
+class InThreads:
+    """What `Agreement.first` does among processes, among threads that stand for ranks."""
 
     def __init__(self, num_ranks: int) -> None:
         self._barrier = threading.Barrier(num_ranks)

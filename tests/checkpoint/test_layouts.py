@@ -1,7 +1,6 @@
 """A checkpoint has no layout: whatever saved it, whatever reads it, the numbers are the same."""
 
 import threading
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,9 @@ from megatron_bert_tp.errors import CheckpointError
 from megatron_bert_tp.model.initialisation import initial_tensor
 from megatron_bert_tp.model.shape import ModelShape, tensor_shapes
 from megatron_bert_tp.model.stage import MegatronBertStage
-from megatron_bert_tp.training.failures import first_failure
-from tests.checkpoint.layouts import ODD, TINY, Agreement, held, save, stages, whole
-from tests.support import CPU
+from megatron_bert_tp.parallel.agreement import Agreement
+from tests.checkpoint.layouts import ODD, TINY, InThreads, held, save, stages, whole
+from tests.support import TIMEOUT
 
 UNTIED = ModelShape(1003, 16, 5, 4, 32, 16, 2, tie_word_embeddings=False)
 LAYOUTS = [(1, 1), (2, 2), (4, 1), (1, 5)]
@@ -122,7 +121,7 @@ ALONE = {
 
 
 def test_ranks_without_rectangles_write_no_tensor_file(tmp_path):
-    agree = Agreement(3)
+    agree = InThreads(3)
     stage = stages(ODD)[0]
 
     def save_as(rank: int) -> None:
@@ -146,10 +145,20 @@ def in_threads(count: int, work) -> None:
     assert not any(thread.is_alive() for thread in threads)
 
 
+def agree_among_processes():
+    agreement = Agreement.of_world(TIMEOUT)
+
+    def agree(text: str | None) -> str | None:
+        told = agreement.first(text)
+        return None if told is None else told.text
+
+    return agree
+
+
 def save_as_rank(root: Path) -> str:
     rank = dist.get_rank()
     stage = stages(ODD, tensor=2, pipeline=2)[rank]
-    options = {**ALONE, "rank": rank, "world_size": 4, "agree": partial(first_failure, device=CPU)}
+    options = {**ALONE, "rank": rank, "world_size": 4, "agree": agree_among_processes()}
     return str(save_checkpoint(root, 7, held(stage), **options))
 
 

@@ -23,7 +23,7 @@ from megatron_bert_tp.checkpoint.save import (
 )
 from megatron_bert_tp.checkpoint.slices import Rectangle
 from megatron_bert_tp.errors import CheckpointError
-from tests.checkpoint.layouts import TINY, Agreement, held, save, stages
+from tests.checkpoint.layouts import TINY, InThreads, held, save, stages
 
 COMMIT = {"facts": {}, "attachments": {}, "keep_last": 2}
 
@@ -187,7 +187,7 @@ def test_the_same_step_can_be_saved_again(tmp_path):
 
 def saved_by_ranks(root: Path, given: list[list[Rectangle]], step: int = 2) -> list[Exception | None]:
     """What `save_checkpoint` raises on each of some ranks, which are threads."""
-    agreement = Agreement(len(given))
+    agreement = InThreads(len(given))
     raised: list[Exception | None] = [None] * len(given)
 
     def work(rank: int) -> None:

@@ -47,7 +47,7 @@ def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[float]]:
 
 
 def test_user_error_is_one_message_and_exit_code_2(capsys: pytest.CaptureFixture[str]):
-    assert run_command(fail, usage="", arguments=[]) == 2
+    assert run_command(fail, usage="", arguments=[]) == 3
     output = capsys.readouterr()
     assert (output.out, output.err) == ("", "error: no corpus\n")
 
@@ -70,7 +70,7 @@ def test_help_is_printed_and_nothing_is_run(arguments: list[str], capsys: pytest
 
 def test_first_rank_tells_at_once(as_rank: Callable[[int], list[float]], capsys: pytest.CaptureFixture[str]):
     waits = as_rank(0)
-    assert run_command(fail, usage="", arguments=[]) == 2
+    assert run_command(fail, usage="", arguments=[]) == 3
     assert capsys.readouterr().err == "error: no corpus\n"
     assert waits == []
 
@@ -80,7 +80,7 @@ def test_other_rank_waits_to_be_ended_before_it_tells(
     rank: int, as_rank: Callable[[int], list[float]], capsys: pytest.CaptureFixture[str]
 ):
     waits = as_rank(rank)
-    assert run_command(fail, usage="", arguments=[]) == 2
+    assert run_command(fail, usage="", arguments=[]) == 3
     assert capsys.readouterr().err == f"error on rank {rank}: no corpus\n"
     assert waits == [2 + 0.5 * rank]
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bert_tp.config.environment import LaunchEnvironment
+from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.training.build import build_trainer
 from megatron_bert_tp.training.passes import Passes
 from megatron_bert_tp.training.processes import build_mesh
@@ -64,6 +65,7 @@ def listen(settings: Path, case: Case) -> Heard:
         return group
 
     recorder = Recorder(names)
+    agreement = Agreement.of_world(TIMEOUT)
     with patch.object(dist, "new_group", numbered), recorder.listening():
         config = configure(settings, case.recipe, case.layout, *case.overrides)
         mesh = build_mesh(
@@ -74,7 +76,8 @@ def listen(settings: Path, case: Case) -> Heard:
             ends=Passes(config.parallel).placement.ends,
             timeout=TIMEOUT,
         )
-        trainer = build_trainer(config, mesh, open_texts(config, mesh.data, say=print), device=CPU)
+        texts = open_texts(config, mesh.data, say=print)
+        trainer = build_trainer(config, mesh, texts, agreement=agreement, device=CPU)
         for _ in range(2):
             trainer.train_step()
     return Heard(groups, recorder.events)

@@ -1,6 +1,7 @@
 """The trainer learns: far below what word frequencies alone can reach, on documents that it has not seen."""
 
 from megatron_bert_tp.config.load import load_config
+from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.training.build import build_trainer
 from megatron_bert_tp.training.texts import open_texts
@@ -19,7 +20,7 @@ def test_a_small_model_learns_words_that_follow_a_rule(tmp_path):
     config = load_config(make_data(tmp_path, num_documents=200), OVERRIDES)
     mesh = ParallelMesh.alone()
     texts = open_texts(config, mesh.data, say=print)
-    trainer = build_trainer(config, mesh, texts, device=CPU)
+    trainer = build_trainer(config, mesh, texts, agreement=Agreement.alone(), device=CPU)
     assert texts.validation is not None
     bar = texts.unigram_loss(texts.validation.evaluation(config.run.evaluation_samples))
     # 94 words that are nearly equally frequent: ln(94) = 4.54 nats; an untrained model is no better.

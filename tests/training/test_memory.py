@@ -27,6 +27,7 @@ from megatron_bert_tp.model.static_memory import (
     stage_tensors,
 )
 from megatron_bert_tp.objectives.pretraining import count, microbatch_loss
+from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.parallel.ownership import is_master
 from megatron_bert_tp.pipeline.executor import Executor
@@ -35,7 +36,7 @@ from megatron_bert_tp.pipeline.partition import StagePlan, partition
 from megatron_bert_tp.pipeline.schedule import orders_of, placement_of, programs
 from megatron_bert_tp.training.build import build_trainer, stage_plans
 from tests.model.live_bytes import LiveBytes, WatchedGradients, sizes_of, watched
-from tests.support import CPU, Layout, Recipe, build_mesh, make_batch, with_dropout
+from tests.support import CPU, TIMEOUT, Layout, Recipe, build_mesh, make_batch, with_dropout
 from tests.trainers import MadeBatches, configure
 
 SHAPE = with_dropout(
@@ -277,7 +278,7 @@ def measure_static(settings: Path, layout: Layout) -> dict[torch.dtype, Static]:
 def _measured(settings: Path, recipe: Recipe, layout: Layout) -> Static:
     config = configure(settings, recipe, layout, "optimizer.global_batch=8", "parallel.microbatch=1")
     texts = SimpleNamespace(training=MadeBatches(recipe.shape), validation=None)
-    trainer = build_trainer(config, build_mesh(layout), texts, device=CPU)
+    trainer = build_trainer(config, build_mesh(layout), texts, agreement=Agreement.of_world(TIMEOUT), device=CPU)
     gradients, updater = trainer.updater.gradients, trainer.updater
     states = [tensor for state in updater.optimizer.state.values() for tensor in state.values()]
     masters = [each.weight for each in updater.weights.owned if is_master(each)]

@@ -10,9 +10,10 @@ import pytest
 import torch.distributed as dist
 
 from megatron_bert_tp.config.environment import LaunchEnvironment
-from megatron_bert_tp.errors import DataError, MegatronBertError
-from megatron_bert_tp.training.failures import first_failure, telling, together
-from tests.support import CPU
+from megatron_bert_tp.errors import DataError, DirectoryError, ElsewhereError, MegatronBertError
+from megatron_bert_tp.parallel.agreement import Agreement, Told
+from megatron_bert_tp.training.failures import Ending, telling, together
+from tests.support import TIMEOUT
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -24,17 +25,18 @@ import torch.distributed as dist
 from megatron_bert_tp.config.command_line import run_command
 from megatron_bert_tp.config.environment import read_environment
 from megatron_bert_tp.errors import DataError
-from megatron_bert_tp.training.failures import telling, together
+from megatron_bert_tp.parallel.agreement import Agreement
+from megatron_bert_tp.training.failures import Ending, telling, together
 from megatron_bert_tp.training.processes import process_group
 
 def main(failing):
     environment = read_environment()
     cpu = torch.device("cpu")
-    with process_group(environment, cpu, timedelta(seconds=100)), telling(environment):
-        dist.barrier()
+    with process_group(environment, cpu, timedelta(seconds=100)), telling(Ending(environment)):
+        agreement = Agreement.of_world(timedelta(seconds=100))
         if environment.is_first:
             print(time.time(), flush=True)
-        with together(cpu):
+        with together(agreement):
             if "together" in failing and environment.is_first:
                 raise DataError("the corpus is damaged")
         if str(environment.rank) in failing:
@@ -46,7 +48,8 @@ sys.exit(run_command(main, usage="usage"))
 
 
 def agreed(texts: list[str | None]) -> str | None:
-    return first_failure(texts[dist.get_rank()], CPU)
+    told = Agreement.of_world(TIMEOUT).first(texts[dist.get_rank()])
+    return None if told is None else told.text
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,7 @@ def agreed(texts: list[str | None]) -> str | None:
         ([None, None, "full", None], "full"),
         ([None, "late", None, "later"], "late"),
         (["first", "second", None, None], "first"),
-        ([None, "", None, None], "unknown failure"),
+        ([None, "", None, None], "?"),
         ([None, None, None, "ä" * 1500], "ä" * 1000),
         ([None, None, None, "-" + "ä" * 1500], "-" + "ä" * 999),
     ],
@@ -67,25 +70,31 @@ def test_all_ranks_get_the_text_of_the_first_that_failed(ranks, texts, first):
 
 def raised_together(failing: int) -> str:
     try:
-        with together(CPU):
+        with together(Agreement.of_world(TIMEOUT)):
             if dist.get_rank() == failing:
                 raise FileExistsError(17, "File exists", "/runs/a")
-    except (MegatronBertError, OSError) as error:
+    except ElsewhereError as error:
+        return f"rank {error.rank} exits with {error.exit_code}: {error}"
+    except MegatronBertError as error:
         return f"{type(error).__name__}: {error}"
     return "went on"
 
 
 def test_what_one_rank_does_for_all_fails_on_all(ranks):
-    told = "TrainingError: /runs/a: File exists; check the path, its permissions and the free space"
-    own = "FileExistsError: [Errno 17] File exists: '/runs/a'"
-    assert ranks.run(4, raised_together, 0) == [own, told, told, told]
-    assert ranks.run(4, raised_together, 2) == [told, told, own, told]
+    text = "/runs/a: File exists; check the path, its permissions and the free space"
+    for rank in (0, 2):
+        told = [f"rank {rank} exits with 8: {text}"] * 4
+        told[rank] = f"DirectoryError: {text}"
+        assert ranks.run(4, raised_together, rank) == told
     assert ranks.run(4, raised_together, 4) == ["went on"] * 4
 
 
 def test_one_process_agrees_with_itself():
-    assert first_failure("full", CPU) == "full"
-    assert first_failure(None, CPU) is None
+    agreement = Agreement.alone()
+    assert agreement.first("full") == Told(0, "full")
+    assert agreement.first(None) is None
+    assert agreement.maximum([3, -1]) == [3, -1]
+    assert agreement.gathered([0.5]) == [[0.5]]
 
 
 @pytest.mark.parametrize(
@@ -97,14 +106,18 @@ def test_one_process_agrees_with_itself():
     ],
 )
 def test_what_the_user_can_mend_is_one_message(capsys, error, told):
-    with pytest.raises(SystemExit) as caught, telling(LaunchEnvironment()):
+    with pytest.raises(DataError if isinstance(error, DataError) else DirectoryError) as caught, told_alone():
         raise error
-    assert caught.value.code == 2
+    assert caught.value.is_told
     assert capsys.readouterr().err.startswith(told)
 
 
+def told_alone():
+    return telling(Ending(LaunchEnvironment()))
+
+
 def test_a_bug_keeps_its_traceback(capsys):
-    with pytest.raises(ZeroDivisionError), telling(LaunchEnvironment()):
+    with pytest.raises(ZeroDivisionError), told_alone():
         _ = 1 // 0
     assert capsys.readouterr().err == ""
 
