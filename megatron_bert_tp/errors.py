@@ -98,6 +98,12 @@ class DirectoryError(TrainingError):
     exit_code = ExitCode.CANNOT_WRITE
 
 
+class StoppedError(TrainingError):
+    """A run was asked to stop before its last step, and has saved all that it has done."""
+
+    exit_code = ExitCode.STOPPED
+
+
 class PeerLostError(TrainingError):
     """Another rank is gone, or has told that it fails."""
 

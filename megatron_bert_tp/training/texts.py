@@ -34,6 +34,14 @@ class Texts:
     validation: PretrainingBatches | None
     vocab_size: int
 
+    @property
+    def fingerprints(self) -> list[str]:
+        """What tells each corpus from others: digest of its boundaries, and of its tokens where it is known."""
+        return [
+            corpus.digest if corpus.facts is None else f"{corpus.digest} {corpus.facts.bin_sha256}"
+            for corpus in self.source.corpora
+        ]
+
     def unigram_loss(self, batches: list[Batch]) -> float:
         """Cross entropy, in nats, of the masked targets of ``batches`` under the training part's frequencies."""
         labels = np.concatenate([batch.masked_labels.cpu().numpy() for batch in batches])

@@ -1,0 +1,80 @@
+"""Settings that decide the loss curve, and which of them are not those of a checkpoint."""
+
+from collections.abc import Iterator, Mapping
+
+from megatron_bert_tp.checkpoint.durable import JSON
+from megatron_bert_tp.checkpoint.read import Checkpoint
+from megatron_bert_tp.config.dump import flat
+from megatron_bert_tp.config.schema import Config, OptimizerConfig
+from megatron_bert_tp.config.settings import all_settings
+from megatron_bert_tp.errors import ConfigError
+
+SETTINGS, CORPORA = "settings", "corpora"
+"""Facts of a checkpoint: all settings of its run, and what tells its corpora apart from others."""
+_LEARNED = ("model", "data", "objective", "optimizer")
+# Where the same content lies does not matter (both are compared by content), nor what step 0 started from.
+_FREE = {"data.corpus", "data.tokenizer", "model.weights"}
+_ENDLESS = ("constant", "inverse_square_root")
+
+
+def check_changes(checkpoint: Checkpoint, config: Config, corpora: list[str]) -> list[str]:
+    """What decides the loss curve and differs from the run of the checkpoint, as ``path: old -> new``.
+
+    ``corpora`` are fingerprints of the corpora, as in the fact `CORPORA`.  ConfigError where anything differs,
+    unless `run.allow_changes`.
+    """
+    changes = changed_settings(checkpoint.facts, config, corpora)
+    if not changes or config.run.allow_changes:
+        return changes
+    listed = "\n".join(f"  {change}" for change in changes)
+    raise ConfigError(
+        f"settings that decide the loss curve are not those of {checkpoint.directory}:\n{listed}\n"
+        "put them back, or go on with the new ones with run.allow_changes=true"
+    )
+
+
+def changed_settings(facts: Mapping[str, JSON], config: Config, corpora: list[str]) -> list[str]:
+    """Each difference in a line; a setting that was not there at the time had its default."""
+    stored = facts.get(SETTINGS)
+    if not isinstance(stored, Mapping):
+        return []
+    before = dict(_leaves(stored, ""))
+    free = _FREE | ({"optimizer.steps"} if _is_endless(config.optimizer) else set())
+    changes = []
+    for path, value in flat(config).items():
+        now = list(value) if isinstance(value, tuple) else value
+        if path.partition(".")[0] not in _LEARNED or path in free:
+            continue
+        old = before.get(path, _default(path))
+        if old != now:
+            changes.append(f"{path}: {old} -> {now}")
+    return changes + _changed_corpora(facts.get(CORPORA), before.get("data.corpus"), config, corpora)
+
+
+def _changed_corpora(stored: JSON, old: object, config: Config, corpora: list[str]) -> list[str]:
+    """Another text; an older checkpoint knows nothing but the names."""
+    new = list(config.data.corpus)
+    is_same = old == new if stored is None else stored == corpora
+    if is_same:
+        return []
+    return [f"data.corpus: {old} -> {new}" if old != new else f"data.corpus: {new} has another content now"]
+
+
+def _is_endless(optimizer: OptimizerConfig) -> bool:
+    """Whether a longer run begins with the same steps."""
+    decay = optimizer.decay_steps if optimizer.schedule_unit == "steps" else optimizer.decay_samples
+    has_end = optimizer.schedule == "wsd" or (optimizer.schedule not in _ENDLESS and decay is None)
+    return not has_end and optimizer.weight_decay_ramp == "constant"
+
+
+def _default(path: str) -> object:
+    default = all_settings()[path].default
+    return list(default) if isinstance(default, tuple) else default
+
+
+def _leaves(values: Mapping[str, JSON], path: str) -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
