@@ -1,5 +1,7 @@
 # make demo        train, export and try a small model (about 5 minutes on two cores)
 # make test        what CI runs
+# make test-faults the whole fault matrix: killed, stopped, hanging ranks, damaged files (about 15 minutes)
+# make soak        a run of 300 steps that is hit by a fault every few seconds, and what is left of it
 # make check-all   the long matrices too
 #
 # PIP_FLAGS goes to every pip call, for those who want another build of torch; see README.md.
@@ -12,13 +14,20 @@ RUN := $(VENV)/bin/python
 # One thread per process: the tests and the demo start several processes per core.
 THREADS := OMP_NUM_THREADS=1
 
-.PHONY: demo test check-all lint clean
+.PHONY: demo test test-faults soak check-all lint clean
 
 demo: $(VENV)/plots.stamp
 	$(THREADS) $(RUN) -m megatron_bert_tp.demo
 
 test: lint
-	$(THREADS) $(RUN) -m pytest -n 2 -m "not slow and not gpu"
+	$(THREADS) $(RUN) -m pytest -n 2 -m "not slow and not faults and not gpu"
+
+# One test at a time: some of them measure how long a rank is silent.
+test-faults: $(VENV)/test.stamp
+	$(THREADS) $(RUN) -m pytest -m "faults and not gpu"
+
+soak: $(VENV)/test.stamp
+	$(THREADS) $(RUN) -m tests.faults.soak
 
 check-all: lint
 	$(THREADS) $(RUN) -m pytest -n 2 -m "not gpu"

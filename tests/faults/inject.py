@@ -83,7 +83,7 @@ class Fault:
     def happen(self) -> None:
         self.happened += 1
         place = f"process {os.getpid()}, rank {os.environ.get('RANK', 0)}"
-        print(f"fault: {self.kind} in {place}", file=sys.stderr, flush=True)
+        print(f"fault: {self.kind} in {place}, at {time.time():.3f}", file=sys.stderr, flush=True)
         if self.kind in SIGNALS:
             os.kill(os.getpid(), SIGNALS[self.kind])
         elif self.kind == "slow":
