@@ -18,9 +18,13 @@ def main(arguments: list[str]) -> None:
     """Check the settings first, which takes no torch, and then train."""
     config = config_from_arguments(arguments, USAGE)
 
-    from megatron_bert_tp.training.build import pretrain
+    from torch.distributed.elastic.multiprocessing.errors import record
 
-    pretrain(config, read_environment())
+    from megatron_bert_tp.training.failures import Recorder
+    from megatron_bert_tp.training.pretraining import pretrain
+
+    # torchrun reads the cause of a failure from the file that `record` writes.
+    record(pretrain, Recorder())(config, read_environment())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from megatron_bert_tp.data.batch import Batch
 from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.objectives.pretraining import Counts, Losses
 from megatron_bert_tp.parallel.agreement import Agreement
-from megatron_bert_tp.training.build import build_trainer, pretrain
+from megatron_bert_tp.training.build import build_trainer
+from megatron_bert_tp.training.pretraining import pretrain
 from megatron_bert_tp.training.texts import open_texts
 from megatron_bert_tp.training.trainer import Trainer
 from tests.comparison import StepRecord, own_piece, weight_pieces
@@ -145,5 +146,5 @@ def run(settings: Path, recipe: Recipe, layout: Layout, *overrides: str) -> None
     """A whole run of one rank, with its folder; the pool has made the process group already."""
     config = configure(settings, recipe, layout, *overrides)
     environment = LaunchEnvironment(rank=dist.get_rank(), world_size=dist.get_world_size())
-    with patch("megatron_bert_tp.training.build.process_group", lambda *_: nullcontext()):
+    with patch("megatron_bert_tp.training.pretraining.process_group", lambda *_: nullcontext()):
         pretrain(config, environment)

@@ -1,22 +1,42 @@
 """Where checkpoints stand: step directories, the pointer to the newest, and what a killed run leaves behind.
 
 root/
-    latest                   the name of the newest checkpoint, and nothing else
-    step_00000100/           a whole checkpoint
-    step_00000200.partial/   one that is being written, or whose run was killed
-    step_00000100.replaced/  the old one of a step that is just saved again
+    latest                            the name of the newest checkpoint, and nothing else
+    step_00000100/                    a whole checkpoint
+    step_00000200.partial-1f0c9a3e/   one that is being written, or removed, or whose run was killed
+    step_00000100.replaced/           the old one of a step that is just saved again
+
+A partial directory has a name of its own in every attempt: a rank of a run that is believed dead cannot write
+into that of the run after it.  Nothing here follows a symbolic link.
 """
 
 import re
 import shutil
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
-from megatron_bert_tp.checkpoint.durable import replace_text, sync
+from megatron_bert_tp.checkpoint.durable import fresh_name, replace_text, sync
 from megatron_bert_tp.checkpoint.manifest import MANIFEST
 from megatron_bert_tp.errors import CheckpointError
 
 POINTER = "latest"
-_STEP = re.compile(r"step_(\d{8,})")
+_STEP = re.compile(r"step_([0-9]{8,18})")
+_PARTIAL = re.compile(r"step_[0-9]{8,18}\.partial(-\w+)?")  # without a token: those of older versions
+_LONGEST_POINTER = 64  # bytes
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints outlive the next one: the ``last`` newest, and all whose step ``every`` divides."""
+
+    last: int
+    every: int | None = None
+
+    def forever(self, step: int) -> bool:
+        """Whether the checkpoint of that step is never removed."""
+        return self.every is not None and step % self.every == 0
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -24,9 +44,21 @@ def step_directory(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def partial_directory(root: Path, step: int) -> Path:
-    """Directory in which a checkpoint is written; readers never look at it."""
-    return _beside(step_directory(root, step), "partial")
+def step_of(directory: Path) -> int:
+    """Step in the name of a checkpoint's directory, whole or replaced."""
+    match = _STEP.match(directory.name)
+    assert match, directory
+    return int(match.group(1))
+
+
+def partial_directory(root: Path, step: int, token: str) -> Path:
+    """Directory in which one attempt, told apart by its token, writes a checkpoint; readers never look at it."""
+    return _beside(step_directory(root, step), f"partial-{token}")
+
+
+def new_token() -> str:
+    """Token of an attempt."""
+    return uuid4().hex[:8]
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -36,19 +68,43 @@ def latest_checkpoint(root: Path) -> Path | None:
     counts: a directory has its final name only when it is whole.
     CheckpointError when the pointer is damaged or names a directory that is not there.
     """
-    pointer = root / POINTER
-    if not pointer.is_file():
+    name = pointed(root)
+    if name is None:
         steps = _steps(root) if root.is_dir() else []
         return step_directory(root, max(steps)) if steps else None
-    name = pointer.read_bytes()[:64].decode(errors="replace").strip()
+    for directory in (root / name, _beside(root / name, "replaced")):
+        if (directory / MANIFEST).is_file():
+            return directory
+    raise CheckpointError(f"{root / POINTER}: names {name}, which is not a checkpoint in {root}{_choices(root)}")
+
+
+def pointed(root: Path) -> str | None:
+    """The name in ``root/latest``; None where there is no such file, CheckpointError when it is damaged."""
+    pointer = root / POINTER
+    if not pointer.is_file():
+        return None
+    if pointer.is_symlink():
+        raise CheckpointError(f"{pointer}: is a symbolic link, which no run makes; remove it to take the newest")
+    with pointer.open("rb") as file:
+        name = file.read(_LONGEST_POINTER).decode(errors="replace").removesuffix("\n")
     if not _STEP.fullmatch(name):
         raise CheckpointError(
             f"{pointer}: must hold the name of a checkpoint such as step_00000100, not {name!r}{_choices(root)}"
         )
-    for directory in (root / name, _beside(root / name, "replaced")):
-        if (directory / MANIFEST).is_file():
-            return directory
-    raise CheckpointError(f"{pointer}: names {name}, which is not a checkpoint in {root}{_choices(root)}")
+    return name
+
+
+def candidates(root: Path) -> list[Path]:
+    """All that may be a checkpoint of ``root``, newest step first; the old one of a step after the new one."""
+    whole = [step_directory(root, step) for step in _steps(root)] if root.is_dir() else []
+    found = [*whole, *_siblings(root, "replaced")]
+    return sorted(found, key=lambda path: (-step_of(path), path.name))
+
+
+def partials(root: Path) -> list[Path]:
+    """Directories of checkpoints that were begun and not finished, or not wholly removed."""
+    found = (path for path in root.glob("step_*.partial*") if _PARTIAL.fullmatch(path.name))
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -67,16 +123,22 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def clear_leftovers(root: Path) -> None:
-    """Remove what killed runs left behind; a save of the same step that was cut between its renames is undone."""
+def clear_leftovers(root: Path) -> list[str]:
+    """Remove what killed runs left, and tell it; a second save of a step cut between its renames is undone."""
+    told = []
     for old in _siblings(root, "replaced"):
         whole = old.with_suffix("")
         if whole.exists():
-            shutil.rmtree(old)
+            remove(old)
+            told.append(f"removed {old}: {whole.name} has taken its place")
         else:
             old.rename(whole)
-    for partial in _siblings(root, "partial"):
+            told.append(f"gave {old} its name {whole.name} back: the save that was to replace it was cut off")
+    for partial in partials(root):
         shutil.rmtree(partial)
+        told.append(f"removed {partial}, which was not finished")
+    fresh_name(root / POINTER).unlink(missing_ok=True)
+    return told
 
 
 def publish(partial: Path, root: Path, step: int) -> Path:
@@ -85,21 +147,39 @@ def publish(partial: Path, root: Path, step: int) -> Path:
     old = _beside(whole, "replaced")
     if whole.exists():
         whole.rename(old)
-    partial.rename(whole)
+    try:
+        partial.rename(whole)
+    except OSError:
+        if old.exists():
+            old.rename(whole)
+        raise
     sync(root)
     replace_text(root / POINTER, f"{whole.name}\n")
     if old.exists():
-        shutil.rmtree(old)
+        remove(old)
     return whole
 
 
-def purge(root: Path, step: int, *, keep_last: int) -> None:
-    """Remove the checkpoints older than ``step`` of which ``keep_last``, with ``step`` itself, are newer."""
+def purge(root: Path, step: int, keep: Keep) -> list[Path]:
+    """Remove, and give, the checkpoints older than ``step`` of which ``keep.last``, it included, are newer."""
     older = sorted(number for number in _steps(root) if number < step)
-    for number in older[: max(0, len(older) - keep_last + 1)]:
-        # Renamed first: a run killed in the middle leaves no half checkpoint under a good name.
-        partial = partial_directory(root, number)
-        step_directory(root, number).rename(partial)
+    surplus = older[: max(0, len(older) - keep.last + 1)]
+    removed = [step_directory(root, number) for number in surplus if not keep.forever(number)]
+    for directory in removed:
+        remove(directory)
+    return removed
+
+
+def remove(directory: Path) -> None:
+    """Remove a checkpoint; a kill in the middle leaves no half of it under a good name."""
+    partial = directory.with_name(f"{directory.name.partition('.')[0]}.partial-{new_token()}")
+    directory.rename(partial)
+    shutil.rmtree(partial)
+
+
+def discard(partial: Path) -> None:
+    """Remove what was begun, so that its space is free again; what cannot be removed the next save removes."""
+    with suppress(OSError):
         shutil.rmtree(partial)
 
 
@@ -113,8 +193,10 @@ def _siblings(root: Path, suffix: str) -> list[Path]:
 
 
 def _steps(root: Path) -> list[int]:
-    matches = [_STEP.fullmatch(path.name) for path in root.iterdir() if path.is_dir() and not path.is_symlink()]
-    return [int(match.group(1)) for match in matches if match]
+    named = [(_STEP.fullmatch(path.name), path) for path in root.iterdir()]
+    steps = [(int(match.group(1)), path) for match, path in named if match and not path.is_symlink()]
+    # Step 100 is step_00000100, and not step_000000100 too.
+    return [step for step, path in steps if path == step_directory(root, step) and path.is_dir()]
 
 
 def _choices(root: Path) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from typing import TypeAlias
@@ -31,10 +32,29 @@ def write_text(path: Path, text: str) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Give a file new content so that every reader, also after a crash, sees the old or the new one."""
-    fresh = path.with_name(f"{path.name}.new")
-    write_text(fresh, text)
-    os.replace(fresh, path)
+    fresh = fresh_name(path)
+    fresh.unlink(missing_ok=True)  # a link that somebody put there would be written through
+    try:
+        write_text(fresh, text)
+        os.replace(fresh, path)
+    except OSError:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+def fresh_name(path: Path) -> Path:
+    """Where the new content of a file stands until it takes the place of the old one."""
+    return path.with_name(f"{path.name}.new")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, so that they are there after a crash too."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
 
 
 def sha256_of(path: Path) -> str:
@@ -53,12 +73,17 @@ def readable(num_bytes: int) -> str:
 
 def no_room(path: Path, need: int, error: Exception) -> str:
     """Message for a file or directory of ``need`` bytes that could not be written."""
-    place = next(folder for folder in path.absolute().parents if folder.exists())
-    free = readable(shutil.disk_usage(place).free)
+    free = readable(free_bytes(path))
     return (
         f"{path}: cannot be written: {error}; it needs {readable(need)}, and {free} are free. "
         "Free some space, or choose another folder; what stood there before is untouched"
     )
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that may still be written at ``path``, or in the next folder above it that exists."""
+    place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(place).free
 
 
 def printable(name: str) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -39,9 +40,14 @@ class Checkpoint:
 
         Checks the manifest and the size of every file; CheckpointError names what is wrong.
         """
-        directory = find_checkpoint(path)
+        return cls.at(find_checkpoint(path))
+
+    @classmethod
+    def at(cls, directory: Path) -> "Checkpoint":
+        """Checkpoint in this very directory; checks as `open` does."""
         checkpoint = cls(directory, Manifest.read(directory / MANIFEST))
         checkpoint._check_sizes()
+        checkpoint._check_strangers()
         return checkpoint
 
     @property
@@ -68,10 +74,13 @@ class Checkpoint:
     def _rows(self) -> dict[str, list[Slice]]:
         return by_name(self.manifest.slices)
 
-    def verify(self) -> None:
-        """Read every file and compare its SHA-256; CheckpointError names the first damaged one."""
-        for name, record in self.manifest.files.items():
-            if sha256_of(self.directory / name) != record.sha256:
+    def verify(self, *, rank: int = 0, size: int = 1) -> None:
+        """Read every file and compare its SHA-256; CheckpointError names the first damaged one.
+
+        Where ``size`` ranks share the work, ``rank`` reads every ``size``-th file only.
+        """
+        for name, record in islice(self.manifest.files.items(), rank, None, size):
+            if _sha256_of(self.directory / name) != record.sha256:
                 raise CheckpointError(
                     f"{self.directory / name}: its content does not fit the SHA-256 in {MANIFEST}; the file is "
                     "damaged, use another checkpoint"
@@ -125,6 +134,8 @@ class Checkpoint:
     def _check_sizes(self) -> None:
         for name, record in self.manifest.files.items():
             path = self.directory / name
+            if path.is_symlink():
+                raise CheckpointError(f"{path}: is a symbolic link; a checkpoint holds its files itself")
             if not path.is_file():
                 raise CheckpointError(f"{path}: is missing; {MANIFEST} lists it, use another checkpoint")
             size = path.stat().st_size
@@ -133,6 +144,22 @@ class Checkpoint:
                     f"{path}: has {size} bytes, but {MANIFEST} says {record.size} ({readable(record.size)}); the "
                     "file is damaged or cut off, use another checkpoint"
                 )
+
+    def _check_strangers(self) -> None:
+        """Files that the manifest does not know tell of a mix of two checkpoints; hidden ones are the system's."""
+        known = {MANIFEST, *self.manifest.files}
+        for path in sorted(self.directory.iterdir()):
+            if path.name not in known and not path.name.startswith("."):
+                raise CheckpointError(
+                    f"{path}: is not of this checkpoint: {MANIFEST} does not list it; move it elsewhere"
+                )
+
+
+def _sha256_of(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}; use another checkpoint") from error
 
 
 def _open(path: Path) -> safe_open:

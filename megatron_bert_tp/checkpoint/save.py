@@ -1,21 +1,28 @@
 """Saving in three phases, after each of which a kill leaves the previous checkpoint as it was.
 
-    rank 0           remove leftovers, make ``step_N.partial``
+    every rank       tell how many bytes it will write
+    rank 0           remove leftovers, look for room for all of them, make ``step_N.partial-TOKEN``
     --- agree ---
     every rank       write its tensor file and a note on it, synced
     --- agree ---
     rank 0           merge the notes to the manifest, check, rename, move the pointer, remove old checkpoints
     --- agree ---
 
-After each phase the ranks tell each other what failed: all of them go on, or all of them raise the same.
+After each phase the ranks tell each other what failed: all of them go on, or all of them raise the same, and
+rank 0 removes what was begun.
 """
 
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_bert_tp.checkpoint.directories import (
+    Keep,
     clear_leftovers,
+    discard,
+    new_token,
     partial_directory,
     publish,
     purge,
@@ -23,15 +30,34 @@ from megatron_bert_tp.checkpoint.directories import (
 )
 from megatron_bert_tp.checkpoint.durable import (
     JSON,
+    free_bytes,
     is_basename,
+    make_folder,
     no_room,
     sync,
     write_text,
 )
 from megatron_bert_tp.checkpoint.manifest import MANIFEST, FileRecord, Manifest, Note, record_of
+from megatron_bert_tp.checkpoint.ranks import Ranks, told_by_all
 from megatron_bert_tp.checkpoint.slices import DTYPES, Rectangle, Slice, check_coverage
 from megatron_bert_tp.checkpoint.tensor_file import Content, write_tensor_file
-from megatron_bert_tp.errors import CheckpointError, MegatronBertError
+from megatron_bert_tp.errors import SaveError
+
+_TOLD_OF_SLICE = 1000  # bytes, generously: its places in the header, the note and the manifest
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written: ``num_bytes`` of tensors of all ranks in ``seconds``.
+
+    ``cleared`` tells what killed runs had left behind, and ``removed`` is what was purged; both on rank 0.
+    """
+
+    path: Path
+    seconds: float
+    num_bytes: int
+    cleared: tuple[str, ...] = ()
+    removed: tuple[Path, ...] = ()
 
 
 def save_checkpoint(
@@ -41,49 +67,58 @@ def save_checkpoint(
     *,
     facts: Mapping[str, JSON],
     attachments: Mapping[str, Path],
-    rank: int,
-    world_size: int,
-    agree: Callable[[str | None], str | None],
-    keep_last: int,
-) -> Path:
-    """Save what all ranks hand in as ``root/step_N`` and return that path; every rank must call it.
+    agreement: Ranks,
+    keep: Keep,
+) -> Saved:
+    """Save what all ranks hand in as ``root/step_N``; every rank must call it.
 
     ``rectangles`` of all ranks together must cover each tensor exactly once; a rank may have none.
     ``attachments`` are files that go along under a plain name; those and ``facts`` count on rank 0.
-    ``keep_last`` newest checkpoints stay.  ``agree`` takes what failed on this rank, or None, and gives
-    every rank what failed on the first rank on which anything did.  CheckpointError, the same one on every
-    rank, when a rank cannot write.
+    SaveError, the same one on every rank, when a rank cannot write; the checkpoints that stood before still do,
+    and ``latest`` names what it named.
     """
-    partial = partial_directory(root, step)
+    started = time.perf_counter()
+    plan = _plan(rectangles, agreement)
+    partial = partial_directory(root, step, plan.token)
+    cleared: list[str] = []
+    removed: list[Path] = []
 
     def prepare() -> None:
-        if rank == 0:
-            prepare_directory(root, step)
+        if agreement.rank == 0:
+            cleared.extend(prepare_directory(partial, need=plan.need))
 
     def write() -> None:
-        write_rectangles(partial, rank, rectangles)
+        write_rectangles(partial, agreement.rank, rectangles)
 
     def commit() -> None:
-        if rank == 0:
-            commit_checkpoint(root, step, world_size, facts=facts, attachments=attachments, keep_last=keep_last)
+        if agreement.rank == 0:
+            removed.extend(
+                commit_checkpoint(partial, step, agreement.size, facts=facts, attachments=attachments, keep=keep)
+            )
 
-    for phase in (prepare, write, commit):
-        _run(phase, agree)
-    return step_directory(root, step)
-
-
-def prepare_directory(root: Path, step: int) -> Path:
-    """First phase, on rank 0: an empty directory to write to; what killed runs left behind is removed."""
-    partial = partial_directory(root, step)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(root)
+        for phase in (prepare, write, commit):
+            _together(agreement, phase)
+    except BaseException:
+        if agreement.rank == 0:
+            discard(partial)
+        raise
+    seconds = time.perf_counter() - started
+    return Saved(step_directory(root, step), seconds, plan.num_bytes, tuple(cleared), tuple(removed))
+
+
+def prepare_directory(partial: Path, *, need: int = 0) -> list[str]:
+    """First phase, on rank 0: an empty directory with room for ``need`` bytes; gives what killed runs had left."""
+    root = partial.parent
+    try:
+        make_folder(root)
+        cleared = clear_leftovers(root)
+        if need > free_bytes(root):
+            raise SaveError(no_room(partial, need, OSError("the disk is too full")))
         partial.mkdir()
     except OSError as error:
-        raise CheckpointError(
-            f"{partial}: cannot be made ({error}); choose a folder that can be written"
-        ) from error
-    return partial
+        raise SaveError(f"{partial}: cannot be made ({error}); choose a folder that can be written") from error
+    return cleared
 
 
 def write_rectangles(partial: Path, rank: int, rectangles: Sequence[Rectangle]) -> None:
@@ -91,7 +126,7 @@ def write_rectangles(partial: Path, rank: int, rectangles: Sequence[Rectangle]) 
     rows = [_row(rectangle, _file_name(rank)) for rectangle in rectangles]
     contents = [_content(row.name, rectangle) for row, rectangle in zip(rows, rectangles, strict=True)]
     if len({row.name for row in rows}) < len(rows):
-        raise CheckpointError(f"rank {rank} hands in two rectangles of one tensor; a file holds one of each")
+        raise SaveError(f"rank {rank} hands in two rectangles of one tensor; a file holds one of each")
     _write_rank(partial, rank, rows, contents)
 
 
@@ -108,36 +143,49 @@ def save_whole(
 
     ``advance`` hears the bytes of each block.  Otherwise as `save_checkpoint`.
     """
-    partial = prepare_directory(root, step)
+    partial = partial_directory(root, step, new_token())
     rows = [_whole_row(content, _file_name(0)) for content in contents]
-    _write_rank(partial, 0, rows, contents, advance)
-    return commit_checkpoint(root, step, 1, facts=facts, attachments=attachments, keep_last=1)
+    prepare_directory(partial, need=sum(content.size for content in contents) + _TOLD_OF_SLICE * len(rows))
+    try:
+        _write_rank(partial, 0, rows, contents, advance)
+        commit_checkpoint(partial, step, 1, facts=facts, attachments=attachments, keep=Keep(last=1))
+    except BaseException:
+        discard(partial)
+        raise
+    return step_directory(root, step)
 
 
 def commit_checkpoint(
-    root: Path,
+    partial: Path,
     step: int,
-    world_size: int,
+    num_ranks: int,
     *,
     facts: Mapping[str, JSON],
     attachments: Mapping[str, Path],
-    keep_last: int,
-) -> Path:
-    """Third phase, on rank 0: manifest, check, rename, pointer, and only then the removal of old checkpoints."""
-    partial = partial_directory(root, step)
+    keep: Keep,
+) -> list[Path]:
+    """Third phase, on rank 0: manifest, check, rename, pointer, and only then the removal of old checkpoints.
+
+    Gives what was removed.
+    """
+    root, files = partial.parent, dict[str, FileRecord]()
     try:
-        files, slices = _collect(partial, world_size)
+        files, slices = _collect(partial, num_ranks)
         files |= _attach(partial, attachments)
         check_coverage(slices)
         write_text(partial / MANIFEST, Manifest(step, facts, files, tuple(attachments), tuple(slices)).dump())
-        for rank in range(world_size):
+        for rank in range(num_ranks):
             (partial / note_name(rank)).unlink()
         sync(partial)
         whole = publish(partial, root, step)
-        purge(root, step, keep_last=keep_last)
     except OSError as error:
-        raise CheckpointError(f"{partial}: the checkpoint could not be completed: {error}") from error
-    return whole
+        raise SaveError(no_room(partial, sum(row.size for row in files.values()), error)) from error
+    try:
+        return purge(root, step, keep)
+    except OSError as error:
+        raise SaveError(
+            f"{whole}: stands, but an older checkpoint could not be removed ({error}); remove it by hand"
+        ) from error
 
 
 def note_name(rank: int) -> str:
@@ -145,32 +193,42 @@ def note_name(rank: int) -> str:
     return f"rank_{rank:05d}.json"
 
 
-def _run(phase: Callable[[], None], agree: Callable[[str | None], str | None]) -> None:
-    """Run this rank's part of a phase; CheckpointError on every rank when any of them failed."""
-    failure: Exception | None = None
-    try:
+@dataclass(frozen=True)
+class _Plan:
+    """What all ranks are about to write: bytes of tensors, rectangles, and the token of this attempt."""
+
+    num_bytes: int
+    num_rectangles: int
+    token: str
+
+    @property
+    def need(self) -> int:
+        """Bytes on the disk, at most."""
+        return self.num_bytes + _TOLD_OF_SLICE * (self.num_rectangles + 1)
+
+
+def _plan(rectangles: Sequence[Rectangle], agreement: Ranks) -> _Plan:
+    def own() -> str:
+        return f"{sum(row.tensor.nbytes for row in rectangles)} {len(rectangles)} {new_token()}"
+
+    told = [text.split() for text in told_by_all(agreement, own, SaveError)]
+    return _Plan(sum(int(row[0]) for row in told), sum(int(row[1]) for row in told), told[0][2])
+
+
+def _together(agreement: Ranks, phase: Callable[[], None]) -> None:
+    """Run this rank's part of a phase; SaveError on every rank when any of them failed."""
+
+    def work() -> str:
         phase()
-    except Exception as error:  # whatever it is, the other ranks wait for the answer of this one
-        failure = error
-    told = agree(None if failure is None else _text(failure))
-    if told is None:
-        return
-    if failure is not None and not isinstance(failure, MegatronBertError | OSError):
-        raise failure  # a bug keeps its traceback
-    raise CheckpointError(told) from failure
+        return ""
 
-
-def _text(failure: Exception) -> str:
-    """What the others are told; a bug is named by its kind, since its message alone says little."""
-    if isinstance(failure, MegatronBertError | OSError):
-        return str(failure)
-    return f"not saved, because of {type(failure).__name__} on another rank: {failure}"
+    told_by_all(agreement, work, SaveError)
 
 
 def _row(rectangle: Rectangle, file: str) -> Slice:
     dtype = str(rectangle.tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
-        raise CheckpointError(f"{rectangle.name}: {dtype} cannot be saved; only {', '.join(DTYPES)} can")
+        raise SaveError(f"{rectangle.name}: {dtype} cannot be saved; only {', '.join(DTYPES)} can")
     extent = tuple(rectangle.tensor.shape)
     return Slice(rectangle.name, rectangle.shape, rectangle.offsets, extent, dtype, file)
 
@@ -200,37 +258,33 @@ def _write_rank(
     files = {}
     if rows:
         path = partial / rows[0].file
-        _write_tensors(path, contents, advance)
-        files[path.name] = record_of(path)
+        files[path.name] = _write_tensors(path, contents, advance)
     _write_note(partial / note_name(rank), Note(files, tuple(rows)).dump())
 
 
-def _write_tensors(path: Path, contents: Sequence[Content], advance: Callable[[int], None] | None) -> None:
-    """Write and sync a tensor file; CheckpointError with need and free space when it does not fit."""
-    need = sum(content.size for content in contents)
+def _write_tensors(path: Path, contents: Sequence[Content], advance: Callable[[int], None] | None) -> FileRecord:
+    """Write and sync a tensor file; SaveError with need and free space when it does not fit."""
     try:
-        if need > shutil.disk_usage(path.parent).free:
-            raise OSError("the disk is too full")
-        write_tensor_file(path, contents, advance=advance)
+        return write_tensor_file(path, contents, advance=advance)
     except OSError as error:
-        raise CheckpointError(no_room(path, need, error)) from error
+        raise SaveError(no_room(path, sum(content.size for content in contents), error)) from error
 
 
 def _write_note(path: Path, text: str) -> None:
     try:
         write_text(path, text)
     except OSError as error:
-        raise CheckpointError(no_room(path, len(text), error)) from error
+        raise SaveError(no_room(path, len(text), error)) from error
 
 
-def _collect(partial: Path, world_size: int) -> tuple[dict[str, FileRecord], list[Slice]]:
+def _collect(partial: Path, num_ranks: int) -> tuple[dict[str, FileRecord], list[Slice]]:
     """Files and rows of all ranks' notes."""
     files: dict[str, FileRecord] = {}
     slices: list[Slice] = []
-    for rank in range(world_size):
+    for rank in range(num_ranks):
         path = partial / note_name(rank)
         if not path.is_file():
-            raise CheckpointError(
+            raise SaveError(
                 f"{path}: rank {rank} wrote it, but rank 0 does not see it; choose a folder on a file system "
                 "that all nodes share"
             )
@@ -246,7 +300,7 @@ def _attach(partial: Path, attachments: Mapping[str, Path]) -> dict[str, FileRec
     for name, source in attachments.items():
         target = partial / name
         if not is_basename(name) or target.exists() or name == MANIFEST:
-            raise CheckpointError(f"{name!r} cannot be the name of a file beside the tensors of a checkpoint")
+            raise SaveError(f"{name!r} cannot be the name of a file beside the tensors of a checkpoint")
         shutil.copyfile(source, target)
         sync(target)
         records[name] = record_of(target)

@@ -3,7 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_bert_tp.config.environment import LaunchEnvironment, read_environment
@@ -12,6 +13,7 @@ from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.errors import ConfigError, ExitCode, MegatronBertError
 
 _PIPE_CLOSED = 141  # as the shell has it for a process that SIGPIPE ends
+_OTHERS = 0o077  # permissions of everyone but the owner
 _HELP = {"-h", "--help"}
 
 
@@ -21,8 +23,24 @@ def run_command(
     """Exit code of ``main(arguments)``; help and user errors are printed once in a launch.
 
     An error that the user can mend becomes one message on stderr and the exit code of its class.
+    Files that ``main`` makes are the user's alone (docs/security.md says how to share them on purpose).
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    with _private_files():
+        return _exit_code(main, usage, given)
+
+
+@contextmanager
+def _private_files() -> Iterator[None]:
+    before = os.umask(_OTHERS)
+    os.umask(before | _OTHERS)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _exit_code(main: Callable[[list[str]], int | None], usage: str, given: list[str]) -> int:
     try:
         environment = read_environment()
         if _HELP.intersection(given):

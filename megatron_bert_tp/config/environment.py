@@ -1,4 +1,4 @@
-"""Who this process is among the processes of a launch; the one place that reads the environment."""
+"""Who this process is among the processes of a launch; the one place that knows the environment."""
 
 import os
 from collections.abc import Mapping
@@ -22,6 +22,8 @@ class LaunchEnvironment:
     master_address: str | None = None
     master_port: int | None = None
     is_launched: bool = False
+    has_store: bool = False
+    """Whether the launcher keeps the store at which the ranks meet; else the first rank must."""
 
     @property
     def is_first(self) -> bool:
@@ -52,7 +54,19 @@ def environment_from(variables: Mapping[str, str]) -> LaunchEnvironment:
         master_address=variables.get("MASTER_ADDR"),
         master_port=port or None,
         is_launched=True,
+        has_store=variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
+
+
+def slurm_job() -> str | None:
+    """What SLURM calls the job that this process is of; None outside of SLURM."""
+    return os.environ.get("SLURM_JOB_ID") or None
+
+
+def set_where_unset(variables: Mapping[str, str]) -> None:
+    """Set environment variables of this process and its children that the user has not set."""
+    for name, text in variables.items():
+        os.environ.setdefault(name, text)
 
 
 def _require(variables: Mapping[str, str], names: tuple[str, ...]) -> None:

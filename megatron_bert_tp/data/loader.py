@@ -11,6 +11,7 @@ from threading import Thread
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_bert_tp.data.batch import Batch
+from megatron_bert_tp.data.stop_signals import held_back_from_children, ignore_stop_signals
 from megatron_bert_tp.errors import DataError, MegatronBertError
 
 _STEPS_AHEAD = 2  # of a thread, or of each process
@@ -176,10 +177,13 @@ def _in_processes(make: Make, numbers: Sequence[int], loading: Loading) -> Itera
         prefetch_factor=_STEPS_AHEAD,
         pin_memory=loading.pins_memory,
         timeout=loading.timeout_seconds,
+        worker_init_fn=ignore_stop_signals,
         multiprocessing_context="spawn",  # the threads of gloo, NCCL and OpenMP do not survive a fork
     )
     try:
-        for made in loader:
+        with held_back_from_children():
+            steps = iter(loader)
+        for made in steps:
             if isinstance(made, MegatronBertError):
                 raise made
             yield made

@@ -1,7 +1,6 @@
 """WordPiece vocabularies over the `tokenizers` library: reading and encoding."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from megatron_bert_tp.data.refusals import reading
+from megatron_bert_tp.data.tokenizer_json import checked_settings
 from megatron_bert_tp.errors import DataError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -130,12 +130,13 @@ def bert_tokenizer(ids: dict[str, int], lowercase: bool) -> tokenizers.Tokenizer
 
 def _from_json(text: str, path: Path) -> tuple[tokenizers.Tokenizer, Vocabulary, bool]:
     """Tokenizer, vocabulary and lowercasing of a ``tokenizer.json`` whose model is WordPiece."""
+    settings = checked_settings(text, path)
     try:
-        settings = json.loads(text)
         library = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{path}: not a tokenizer.json of the `tokenizers` library: {error}") from error
     model = settings["model"]
+    assert isinstance(model, dict)
     if model.get("type") != "WordPiece" or model.get("continuing_subword_prefix") != CONTINUATION:
         raise DataError(
             f"{path}: the model must be WordPiece with the prefix {CONTINUATION!r}, not {model.get('type')!r} "
@@ -148,7 +149,8 @@ def _from_json(text: str, path: Path) -> tuple[tokenizers.Tokenizer, Vocabulary,
     entries = [""] * (max(ids.values(), default=-1) + 1)
     for entry, number in ids.items():
         entries[number] = entry
-    lowercase = bool((settings.get("normalizer") or {}).get("lowercase", False))
+    normalizer = settings.get("normalizer")
+    lowercase = isinstance(normalizer, dict) and bool(normalizer.get("lowercase", False))
     return library, Vocabulary.of(entries, path), lowercase
 
 

@@ -103,7 +103,7 @@ def _remove_what_was_begun(out: Path, *, existed: bool) -> None:
     """Leave the place as it was, so that the next try finds it free."""
     if not out.is_dir():
         return
-    for path in out.glob("step_*.partial"):
+    for path in out.glob("step_*.partial-*"):
         shutil.rmtree(path)
     if not existed and not any(out.iterdir()):
         out.rmdir()

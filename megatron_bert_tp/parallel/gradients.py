@@ -73,6 +73,8 @@ class Gradients:
         ``parts`` are all that an optimizer moves.  Backwards of them lose ``parameter.grad`` to the buckets.
         """
         self._reduction, self._place = reduction, {name: index for index, name in enumerate(names)}
+        self.names = tuple(names)
+        """Tensors of the whole model, in the order of `squares`."""
         self._tied = tied
         self._is_tied_here = tied is not None and None not in (tied.lookup, tied.projection)
         self._pending: dict[int, _Pending] = {}

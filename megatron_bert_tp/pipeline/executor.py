@@ -18,6 +18,7 @@ from megatron_bert_tp.parallel.weight_gradients import WeightGradients, Work
 from megatron_bert_tp.pipeline.instructions import (
     Await,
     Compute,
+    Instruction,
     Launch,
     Phase,
     Program,
@@ -46,6 +47,8 @@ class Stage(Protocol[ContraBatchT]):
 
 Criterion = Callable[[Any, BatchT], tuple[Tensor, Tensor]]
 """Last stage's output and its microbatch to (loss to differentiate, statistics to report)."""
+Observe = Callable[[Instruction | None], None]
+"""What is told the instruction that comes next, and None when there is none any more."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ class _Flight(Generic[BatchT]):
 class Executor(Generic[BatchT]):
     """Runs programs on one rank of the pipeline axis, which holds ``stages``, one for each of its chunks.
 
-    ``channels`` have a communicator for each neighbour on ``axis`` and each direction.
+    ``channels`` have a communicator for each neighbour on ``axis`` and each direction.  ``observe`` is told each
+    instruction before it is carried out, and None when a program is over.
     """
 
     def __init__(
@@ -91,9 +95,11 @@ class Executor(Generic[BatchT]):
         axis: Axis,
         channels: Channels,
         device: torch.device,
+        observe: Observe | None = None,
     ) -> None:
         self._stages, self._criterion, self._placement = stages, criterion, placement
         self._axis, self._channels, self._device = axis, channels, device
+        self._observe = observe
 
     def run(self, program: Program, batches: Sequence[BatchT], *, loss_scale: float = 1.0) -> list[Tensor]:
         """Walk ``program`` over the microbatches; gradients, times ``loss_scale``, add up in the parameters.
@@ -105,6 +111,8 @@ class Executor(Generic[BatchT]):
         flight = _Flight(batches, trains, loss_scale)
         with torch.set_grad_enabled(trains):
             for instruction in program:
+                if self._observe is not None:
+                    self._observe(instruction)
                 match instruction:
                     case Compute(Phase.FORWARD):
                         self._forward(flight, instruction)
@@ -116,6 +124,8 @@ class Executor(Generic[BatchT]):
                         self._launch(flight, transfers)
                     case Await(transfers):
                         self._await(flight, transfers)
+        if self._observe is not None:
+            self._observe(None)
         return flight.statistics
 
     def _forward(self, flight: _Flight[BatchT], compute: Compute) -> None:

@@ -73,7 +73,7 @@ class OutcomeFile:
         try:
             with self.path.open(encoding="utf-8") as file:
                 return _outcome(json.loads(file.read(_LONGEST)))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
 
 

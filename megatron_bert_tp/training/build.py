@@ -1,16 +1,11 @@
 """From settings to a trainer: the one place, beside the entry points, that sees the whole `Config`."""
 
-from contextlib import ExitStack
 from dataclasses import fields
-from datetime import timedelta
-from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from megatron_bert_tp.checkpoint.read import Checkpoint
-from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.schema import Config, ModelConfig
 from megatron_bert_tp.data.loader import Loading, StepLoader
 from megatron_bert_tp.model.chunks import Chunks
@@ -28,8 +23,9 @@ from megatron_bert_tp.parallel.ownership import OwnedWeights
 from megatron_bert_tp.parallel.triton_dropout import kernels_for
 from megatron_bert_tp.pipeline.partition import StagePlan, partition, stage_costs
 from megatron_bert_tp.pipeline.placement import Placement
-from megatron_bert_tp.training.failures import Ending, telling, together
-from megatron_bert_tp.training.loop import run
+from megatron_bert_tp.reliability.actions import Actions
+from megatron_bert_tp.training.anomalies import NormHistory
+from megatron_bert_tp.training.failures import together
 from megatron_bert_tp.training.numbers import (
     batch_size,
     microbatches_of_steps,
@@ -37,17 +33,7 @@ from megatron_bert_tp.training.numbers import (
     update_numbers,
 )
 from megatron_bert_tp.training.passes import Passes
-from megatron_bert_tp.training.processes import (
-    barrier,
-    build_mesh,
-    choose_device,
-    keep_freed_memory,
-    peak_memory,
-    process_group,
-)
-from megatron_bert_tp.training.progress import MetricsFile, Reporter
-from megatron_bert_tp.training.resume import checkpoint_to_resume, samples_at_the_end, samples_done
-from megatron_bert_tp.training.run_directory import RunDirectory, prepare
+from megatron_bert_tp.training.resume import samples_at_the_end, samples_done
 from megatron_bert_tp.training.state import (
     fill_masters_,
     load_moments_,
@@ -55,48 +41,9 @@ from megatron_bert_tp.training.state import (
     updates_of,
     weights_source,
 )
-from megatron_bert_tp.training.telling import interruption, opening, reading, say_nothing
-from megatron_bert_tp.training.texts import Texts, open_texts
+from megatron_bert_tp.training.texts import Texts
 from megatron_bert_tp.training.trainer import Pace, Trainer
 from megatron_bert_tp.training.update import Updater
-
-METRICS = "metrics.jsonl"
-
-
-def pretrain(config: Config, environment: LaunchEnvironment) -> None:
-    """Run ``config`` on this rank, from the newest checkpoint to the last step."""
-    keep_freed_memory()
-    device = choose_device(config.run.device, environment.local_rank)
-    timeout = timedelta(seconds=config.run.timeout_seconds)
-    with ExitStack() as stack:
-        stack.enter_context(process_group(environment, device, timeout))
-        stack.enter_context(telling(Ending(environment)))
-        agreement = Agreement.of_world(timeout)
-        mesh = build_mesh(
-            environment,
-            device,
-            tensor=config.parallel.tensor,
-            pipeline=config.parallel.pipeline,
-            ends=Passes(config.parallel).placement.ends,
-            timeout=timeout,
-        )
-        texts = open_texts(config, mesh.data, say=print if environment.is_first else say_nothing)
-        checkpoint = checkpoint_to_resume(config, environment, agreement)
-        trainer = build_trainer(config, mesh, texts, agreement=agreement, device=device, checkpoint=checkpoint)
-        prepare(config, environment, agreement)
-        reporter = stack.enter_context(_reporter(config, trainer.steps_done)) if environment.is_first else None
-        directory = RunDirectory(config, environment, mesh=mesh, agreement=agreement, reporter=reporter)
-        directory.say(opening(config, environment, trainer, checkpoint, plans=stage_plans(config)))
-        begun = trainer.samples_done
-        try:
-            run(trainer, directory)
-        except KeyboardInterrupt:
-            directory.say(interruption(config, trainer.steps_done))
-            raise
-        if trainer.samples_done > begun:
-            directory.say(reading(texts.source, begun, trainer.samples_done))
-        directory.say(f"peak memory of a rank: {peak_memory(mesh, device):.2f} GiB")
-        barrier()
 
 
 def build_trainer(
@@ -107,15 +54,19 @@ def build_trainer(
     agreement: Agreement,
     device: torch.device,
     checkpoint: Checkpoint | None = None,
+    actions: Actions | None = None,
 ) -> Trainer:
-    """Stages, optimizer and gradients of one rank, new, from given weights, or as a checkpoint left them."""
+    """Stages, optimizer and gradients of one rank, new, from given weights, or as a checkpoint left them.
+
+    ``actions`` is told what this rank does while it trains.
+    """
     passes = Passes(config.parallel)
     passes.check_batches(microbatches_of_steps(config, mesh.data.size))
     chunks = _chunks(config, mesh, passes.placement, device)
     with together(agreement):
         fill = weights_source(config, chunks.shape, checkpoint, checks=mesh.is_first)
         fill((part, part.view(part.parameter)) for part in chunks.parts())
-        updater = _updater(config, mesh, chunks, checkpoint)
+        updater = _updater(config, mesh, chunks, checkpoint=checkpoint, actions=actions)
         fill_masters_(updater, fill)
         if checkpoint is not None:
             load_moments_(updater, config.optimizer.name, checkpoint)
@@ -127,11 +78,13 @@ def build_trainer(
         texts,
         _steps(config, texts, device, end=end),
         mesh=mesh,
+        agreement=agreement,
         passes=passes,
         device=device,
         pace=_pace(config),
         steps_done=steps,
         samples_done=samples,
+        actions=actions,
     )
 
 
@@ -160,7 +113,9 @@ def _chunks(config: Config, mesh: ParallelMesh, placement: Placement, device: to
     return chunks
 
 
-def _updater(config: Config, mesh: ParallelMesh, chunks: Chunks, checkpoint: Checkpoint | None) -> Updater:
+def _updater(
+    config: Config, mesh: ParallelMesh, chunks: Chunks, *, checkpoint: Checkpoint | None, actions: Actions | None
+) -> Updater:
     parallel = config.parallel
     reduction = Reduction(
         mesh=mesh,
@@ -177,7 +132,7 @@ def _updater(config: Config, mesh: ParallelMesh, chunks: Chunks, checkpoint: Che
     def sum_over_owners(vector: Tensor) -> Tensor:
         return sum_over_(sum_over_(vector, mesh.tensor), reduction.owners)
 
-    numbers = update_numbers(config.optimizer)
+    numbers = update_numbers(config.optimizer, config.run.anomalies)
     scale = None if checkpoint is None else loss_scale_of(checkpoint)
     if scale is None and numbers.loss_scale is not None:
         scale = LossScale.begin(numbers.loss_scale)
@@ -193,6 +148,8 @@ def _updater(config: Config, mesh: ParallelMesh, chunks: Chunks, checkpoint: Che
         numbers,
         updates_done=0 if checkpoint is None else updates_of(checkpoint),
         loss_scale=scale if numbers.loss_scale is not None else None,
+        history=None if checkpoint is None else NormHistory.from_facts(checkpoint.facts),
+        actions=actions,
     )
 
 
@@ -238,18 +195,4 @@ def _pace(config: Config) -> Pace:
         save_every=config.run.save_every,
         evaluate_every=config.run.evaluate_every,
         evaluation_samples=config.run.evaluation_samples,
-    )
-
-
-def _reporter(config: Config, steps_done: int) -> Reporter:
-    metrics = MetricsFile(Path(config.run.directory) / METRICS, steps_done=steps_done)
-    steps = config.optimizer.steps
-    return Reporter(
-        metrics,
-        Console(),
-        steps=steps,
-        steps_done=steps_done,
-        log_every=config.run.log_every,
-        pairs=config.objective.pairs,
-        shows_scale=config.optimizer.precision == "float16",
     )

@@ -6,9 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
+
 from megatron_bert_tp.config.command_line import tell_error
 from megatron_bert_tp.config.environment import LaunchEnvironment
-from megatron_bert_tp.errors import DirectoryError, ElsewhereError, ExitCode, MegatronBertError, PeerLostError
+from megatron_bert_tp.errors import (
+    DirectoryError,
+    ElsewhereError,
+    ExitCode,
+    MegatronBertError,
+    PeerLostError,
+    StoppedError,
+)
 from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.reliability.outcome import Outcome, OutcomeFile
 
@@ -36,6 +45,8 @@ class Ending:
     file: OutcomeFile | None = None
     steps_done: Callable[[], int | None] = field(default=lambda: None)
     checkpoint: Callable[[], str | None] = field(default=lambda: None)
+    has_begun: bool = False
+    """Whether a failure is being told."""
     missing_peers: Callable[[], str | None] = field(default=lambda: None)
     """Peers on this host that are gone, in words."""
 
@@ -52,6 +63,15 @@ class Ending:
             next=way_on,
         )
 
+    def is_failing(self) -> bool:
+        """Whether this rank is on its way to its end."""
+        return self.has_begun
+
+    def claim_end(self, code: ExitCode, cause: str) -> None:
+        """Write how the run ended, where another thread ends it; what others have written stays."""
+        gone = self.missing_peers() if code is ExitCode.PEER_LOST else None
+        self.claim(self.outcome(code, cause if gone is None else f"{gone} is gone"))
+
     def claim(self, outcome: Outcome) -> bool:
         """Whether this rank is the first to tell how the run ended."""
         return self.file is None or self.file.claim(outcome)
@@ -67,14 +87,30 @@ def telling(ending: Ending) -> Iterator[None]:
     try:
         yield
     except (MegatronBertError, OSError) as error:
+        ending.has_begun = True
         raise _told(as_ours(error), ending) from error
     except Exception as error:
+        ending.has_begun = True
         if not is_peer_lost(error):
             if ending.claim(ending.outcome(ExitCode.BUG, f"{type(error).__name__}: {error}")):
                 raise
             print(f"rank {ending.environment.rank} failed too: {type(error).__name__}: {error}", file=sys.stderr)
             raise SystemExit(ExitCode.BUG) from error
         raise _peer_lost(error, ending) from error
+
+
+class Recorder(ErrorHandler):
+    """Writes the cause of a failure for torchrun: the message of our errors, the traceback of a bug."""
+
+    def record_exception(self, e: BaseException) -> None:
+        """Write ``e``, which is being handled."""
+        if not isinstance(e, MegatronBertError):
+            super().record_exception(e)
+            return
+        try:
+            raise e.with_traceback(None) from None
+        except MegatronBertError as bare:
+            super().record_exception(bare)
 
 
 @contextmanager
@@ -122,24 +158,34 @@ def _told(error: MegatronBertError, ending: Ending) -> MegatronBertError:
     if ending.file is None:
         tell_error(str(error), ending.environment)
     elif ending.claim(outcome):
-        speaker = f" on rank {rank}" if ending.environment.world_size > 1 else ""
-        print(f"error{speaker}: {error}\n{outcome.line()}", file=sys.stderr, flush=True)
+        print(f"{_title(error, rank, ending)}{error}\n{outcome.line()}", file=sys.stderr, flush=True)
     error.is_told = True
     return error
+
+
+def _title(error: MegatronBertError, rank: int, ending: Ending) -> str:
+    if isinstance(error, StoppedError):
+        return ""
+    return f"error on rank {rank}: " if ending.environment.world_size > 1 else "error: "
 
 
 def _peer_lost(error: Exception, ending: Ending) -> MegatronBertError:
     """Let the peer tell its cause; if it cannot any more, tell that it is gone."""
     patience = time.monotonic() + _PATIENCE
-    while time.monotonic() < patience and not _is_told_already(ending):
+    while time.monotonic() < patience and not _is_told_already(ending) and ending.missing_peers() is None:
         time.sleep(0.05)
+    gone = ending.missing_peers()
+    lost = PeerLostError(
+        f"lost another rank: {str(error).splitlines()[0]:.300}"
+        if gone is None
+        else f"{gone} is gone: killed, or ended by the system, as for lack of memory"
+    )
+    if not _is_told_already(ending):
+        return _told(lost, ending)
     # torchrun finds out by whole seconds who failed first.
     time.sleep(1.1)
-    lost = PeerLostError(f"{ending.missing_peers() or 'another rank'} is gone: {str(error).splitlines()[0]:.200}")
-    if _is_told_already(ending):
-        lost.is_told = True
-        return lost
-    return _told(lost, ending)
+    lost.is_told = True
+    return lost
 
 
 def _is_told_already(ending: Ending) -> bool:

@@ -1,49 +1,114 @@
-"""The training loop: steps, reports, evaluations and checkpoints, to the last step."""
+"""The training loop: steps, reports, evaluations and checkpoints, until the last step or a request to stop."""
 
 import time
 from collections import deque
 from dataclasses import asdict
 from statistics import median
 
+from megatron_bert_tp.errors import StoppedError
 from megatron_bert_tp.objectives.pretraining import Losses
+from megatron_bert_tp.reliability.actions import Kind
 from megatron_bert_tp.training.progress import Record
 from megatron_bert_tp.training.run_directory import RunDirectory
+from megatron_bert_tp.training.stopping import first_save_seconds
+from megatron_bert_tp.training.supervision import Supervision
 from megatron_bert_tp.training.trainer import StepReport, Trainer
 
+_RECENT = 50
 
-def run(trainer: Trainer, directory: RunDirectory) -> None:
-    """Train to the last step; saves and evaluates on the way and at the end."""
-    seconds: deque[float] = deque(maxlen=50)
-    if _is_evaluated(trainer) and directory.lacks_evaluation(trainer.steps_done):
-        directory.report_evaluation(_evaluation(trainer))
-    while trainer.steps_done < trainer.pace.steps:
+
+class Loop:
+    """A run on one rank, from where its trainer stands."""
+
+    def __init__(self, trainer: Trainer, directory: RunDirectory, supervision: Supervision) -> None:
+        self._trainer, self._directory, self._supervision = trainer, directory, supervision
+        self._seconds: deque[float] = deque(maxlen=_RECENT)
+        self._saved_steps = trainer.steps_done
+
+    def run(self) -> None:
+        """Train to the last step; saves and evaluates on the way and at the end.
+
+        StoppedError, on all ranks after the same step and with that step saved, where any rank was asked to stop.
+        """
+        trainer = self._trainer
+        if self._is_evaluated and self._directory.lacks_evaluation(trainer.steps_done):
+            self._evaluate()
+        while trainer.steps_done < trainer.pace.steps:
+            self._step()
+            for line in self._supervision.look_after(trainer):
+                self._directory.say(line)
+            self._meet()
+            if self._is_due(trainer.pace.save_every):
+                self._begin_save()
+            if self._is_evaluated:
+                self._evaluate()
+                self._meet()  # it may have taken long
+        self._supervision.actions.enter(Kind.SAVING, "waits for the last checkpoint")
+        self._directory.finish_save(must_succeed=True)
+
+    def _step(self) -> None:
         started = time.perf_counter()
-        report = trainer.train_step()
-        seconds.append(time.perf_counter() - started)
-        directory.report_step(_record(report, seconds, trainer.pace.steps))
-        if _is_due(trainer, trainer.pace.save_every):
-            directory.save(
-                trainer.chunks, trainer.updater, steps_done=trainer.steps_done, samples_done=trainer.samples_done
-            )
-        if _is_evaluated(trainer):
-            directory.report_evaluation(_evaluation(trainer))
+        report = self._trainer.train_step()
+        self._seconds.append(time.perf_counter() - started)
+        self._supervision.expect_steps_of(median(self._seconds))
+        self._directory.report_step(_record(report, self._seconds, self._trainer.pace.steps))
 
+    def _meet(self) -> None:
+        """All ranks hear of stop requests and finished checkpoints; StoppedError where one is to stop."""
+        trainer, directory, supervision = self._trainer, self._directory, self._supervision
+        supervision.actions.enter(Kind.AGREEMENT, f"meets all ranks after step {trainer.steps_done}")
+        save_seconds = directory.save_seconds
+        if save_seconds is None:
+            num_bytes = sum(3 * owned.weight.nbytes for owned in trainer.updater.weights.owned)
+            save_seconds = first_save_seconds(num_bytes)
+        reason, is_writing = supervision.stopping.agree(
+            is_writing=directory.is_writing, step_seconds=median(self._seconds), save_seconds=save_seconds
+        )
+        if not is_writing:
+            self._finish_save()
+        if reason is not None and trainer.steps_done < trainer.pace.steps:
+            self._stop(reason)
 
-def _is_evaluated(trainer: Trainer) -> bool:
-    """Whether the step just done is one after which the held-out part is looked at."""
-    return trainer.texts.validation is not None and _is_due(trainer, trainer.pace.evaluate_every)
+    def _begin_save(self) -> None:
+        trainer = self._trainer
+        self._supervision.actions.enter(Kind.SAVING, f"saves step {trainer.steps_done}")
+        self._finish_save()
+        self._directory.begin_save(
+            trainer.chunks, trainer.updater, steps_done=trainer.steps_done, samples_done=trainer.samples_done
+        )
+        self._saved_steps = trainer.steps_done
 
+    def _finish_save(self) -> None:
+        if not self._directory.finish_save():
+            self._saved_steps = -1  # it must be tried again before the run may stop
 
-def _is_due(trainer: Trainer, every: int) -> bool:
-    return trainer.steps_done % every == 0 or trainer.steps_done == trainer.pace.steps
+    def _stop(self, reason: str) -> None:
+        if self._saved_steps < self._trainer.steps_done:
+            self._begin_save()
+        self._directory.finish_save(must_succeed=True)
+        raise StoppedError(
+            f"stopped after step {self._trainer.steps_done} of {self._trainer.pace.steps} ({reason}); all is saved "
+            f"in {self._directory.newest_checkpoint()}, and the same command goes on from there"
+        )
 
+    def _evaluate(self) -> None:
+        trainer = self._trainer
+        self._supervision.actions.enter(Kind.EVALUATION, f"evaluates after step {trainer.steps_done}")
+        losses, counts = trainer.evaluate()
+        record: Record = {"step": trainer.steps_done, **_loss_fields(losses), "masked": counts.masked}
+        if trainer.steps_done == trainer.pace.steps:
+            record = {**record, "unigram_loss": trainer.unigram_loss(counts)}
+        self._directory.report_evaluation(record)
 
-def _evaluation(trainer: Trainer) -> Record:
-    losses, counts = trainer.evaluate()
-    record: Record = {"step": trainer.steps_done, **_loss_fields(losses), "masked": counts.masked}
-    if trainer.steps_done < trainer.pace.steps:
-        return record
-    return {**record, "unigram_loss": trainer.unigram_loss(counts)}
+    @property
+    def _is_evaluated(self) -> bool:
+        """Whether the step just done is one after which the held-out part is looked at."""
+        trainer = self._trainer
+        return trainer.texts.validation is not None and self._is_due(trainer.pace.evaluate_every)
+
+    def _is_due(self, every: int) -> bool:
+        trainer = self._trainer
+        return trainer.steps_done % every == 0 or trainer.steps_done == trainer.pace.steps
 
 
 def _loss_fields(losses: Losses) -> Record:

@@ -1,11 +1,12 @@
 """From the settings of the optimizer to the numbers of a step: its size, rate, decay and loss scale."""
 
-from megatron_bert_tp.config.schema import Config, OptimizerConfig
+from megatron_bert_tp.config.schema import AnomaliesConfig, Config, OptimizerConfig
 from megatron_bert_tp.optim.batch_size import BatchRamp, BatchSize
 from megatron_bert_tp.optim.learning_rate import Schedule, schedule_of
 from megatron_bert_tp.optim.loss_scale import LossScaleNumbers
 from megatron_bert_tp.optim.rules import OptimizerNumbers
 from megatron_bert_tp.optim.weight_decay import WeightDecay
+from megatron_bert_tp.training.anomalies import AnomalyNumbers
 from megatron_bert_tp.training.update import UpdateNumbers
 
 
@@ -38,8 +39,8 @@ def optimizer_numbers(optimizer: OptimizerConfig) -> OptimizerNumbers:
     )
 
 
-def update_numbers(optimizer: OptimizerConfig) -> UpdateNumbers:
-    """How large a step may be."""
+def update_numbers(optimizer: OptimizerConfig, anomalies: AnomaliesConfig) -> UpdateNumbers:
+    """How large a step may be, and when its numbers are wrong."""
     first, final = optimizer.weight_decay, optimizer.final_weight_decay
     return UpdateNumbers(
         clip_norm=optimizer.clip_norm,
@@ -49,6 +50,13 @@ def update_numbers(optimizer: OptimizerConfig) -> UpdateNumbers:
         ),
         counts_samples=optimizer.schedule_unit == "samples",
         loss_scale=_loss_scale(optimizer) if optimizer.precision == "float16" else None,
+        anomalies=AnomalyNumbers(
+            not_finite=anomalies.not_finite,
+            spike=anomalies.spike,
+            spike_factor=anomalies.spike_factor,
+            spike_window=anomalies.spike_window,
+            most_skips=anomalies.most_skips,
+        ),
     )
 
 

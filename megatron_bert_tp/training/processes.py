@@ -14,6 +14,7 @@ from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.errors import LayoutError
 from megatron_bert_tp.parallel.collectives import maximum_over_, sum_over_
 from megatron_bert_tp.parallel.mesh import MeshShape, ParallelMesh
+from megatron_bert_tp.reliability.network import private_store, stay_on_loopback
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -43,8 +44,15 @@ def process_group(environment: LaunchEnvironment, device: torch.device, timeout:
     is_gpu = device.type == "cuda"
     if is_gpu:
         torch.cuda.set_device(device)  # NCCL's grouped sends and receives run on the current device
-    backend = "nccl" if is_gpu else "gloo"
-    dist.init_process_group(backend, timeout=timeout, device_id=device if is_gpu else None)
+    stay_on_loopback(environment)
+    dist.init_process_group(
+        "nccl" if is_gpu else "gloo",
+        timeout=timeout,
+        device_id=device if is_gpu else None,
+        store=private_store(environment, timeout),
+        rank=environment.rank,
+        world_size=environment.world_size,
+    )
     yield
     # After an error the process just ends: NCCL would wait here for messages of peers that wait for this rank.
     dist.destroy_process_group()

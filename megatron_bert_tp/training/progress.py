@@ -50,10 +50,18 @@ def read_records(path: Path) -> list[dict[str, float | int | str]]:
     """
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     try:
-        records = [json.loads(line) for line in lines if line]
-    except ValueError as error:
+        records = [_parsed(line) for line in lines if line]
+    except (ValueError, RecursionError) as error:
         raise TrainingError(f"{path}: has a line that is no JSON ({error}); mend or move the file away") from error
     return [{key: math.nan if value is None else value for key, value in record.items()} for record in records]
+
+
+def _parsed(line: str) -> dict[str, float | int | str | None]:
+    """One record; ValueError for any other JSON."""
+    record = json.loads(line)
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError("it is no record of a step")
+    return record
 
 
 def _line(record: Record) -> str:

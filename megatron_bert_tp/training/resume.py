@@ -1,35 +1,45 @@
 """Where a run goes on, and what must be as it was."""
 
-from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_bert_tp.checkpoint.directories import latest_checkpoint
-from megatron_bert_tp.checkpoint.durable import JSON, sha256_of
+from megatron_bert_tp.checkpoint.choose import newest_whole, verified
+from megatron_bert_tp.checkpoint.directories import candidates, find_checkpoint, latest_checkpoint
+from megatron_bert_tp.checkpoint.durable import sha256_of
 from megatron_bert_tp.checkpoint.read import Checkpoint
-from megatron_bert_tp.config.dump import to_dict
-from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.errors import CheckpointError
 from megatron_bert_tp.parallel.agreement import Agreement
+from megatron_bert_tp.training.changes import check_changes
 from megatron_bert_tp.training.failures import together
 from megatron_bert_tp.training.numbers import batch_size
-from megatron_bert_tp.training.run_directory import CHECKPOINTS, SAMPLES, SETTINGS, tokenizer_name
-
-_LEARNED = ("model", "data", "objective", "optimizer")
+from megatron_bert_tp.training.run_directory import CHECKPOINTS, SAMPLES, tokenizer_name
 
 
-def checkpoint_to_resume(
-    config: Config, environment: LaunchEnvironment, agreement: Agreement
-) -> Checkpoint | None:
-    """What ``run.resume`` names, its files verified by the first rank."""
-    checkpoint = _named_checkpoint(config)
-    if checkpoint is None:
-        return None
-    _check_tokenizer(checkpoint, config)
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run begins: at a checkpoint whose files are verified, or at step 0 (None)."""
+
+    checkpoint: Checkpoint | None
+    skipped: tuple[str, ...] = ()
+    """Newer checkpoints that are damaged, and why."""
+    changes: tuple[str, ...] = ()
+    """Settings that decide the loss curve and are not those of the checkpoint."""
+
+
+def beginning(config: Config, agreement: Agreement, fingerprints: list[str]) -> Beginning:
+    """What ``run.resume`` names; every rank must call it.
+
+    CheckpointError where it is damaged or does not fit; ConfigError where settings have changed that decide the
+    loss curve.  ``fingerprints`` are those of the corpora.
+    """
+    begin = _named(config, agreement)
+    if begin.checkpoint is None:
+        return begin
     with together(agreement):
-        if environment.is_first:
-            checkpoint.verify()
-    return checkpoint
+        _check_tokenizer(begin.checkpoint, config)
+        changes = check_changes(begin.checkpoint, config, fingerprints)
+    return Beginning(begin.checkpoint, begin.skipped, tuple(changes))
 
 
 def samples_done(checkpoint: Checkpoint) -> int:
@@ -49,38 +59,31 @@ def samples_at_the_end(config: Config, *, steps_done: int, samples_done: int) ->
     return batch_size(config.optimizer).samples_after(left, samples_done=samples_done)
 
 
-def changed_settings(checkpoint: Checkpoint, config: Config) -> list[str]:
-    """What decides the loss curve and differs from the run of the checkpoint, as ``path: old -> new``."""
-    stored = checkpoint.facts.get(SETTINGS)
-    before = dict(_leaves(stored, "")) if isinstance(stored, Mapping) else {}
-    now = dict(_leaves(to_dict(config), ""))
-    return [
-        f"{path}: {before[path]} -> {value}"
-        for path, value in now.items()
-        if path.partition(".")[0] in _LEARNED and path in before and before[path] != value
-    ]
-
-
-def _leaves(values: Mapping[str, object] | Mapping[str, JSON], path: str) -> Iterator[tuple[str, object]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
-
-
-def _named_checkpoint(config: Config) -> Checkpoint | None:
-    """The newest checkpoint of the folder, none, or the one at the path that ``run.resume`` gives."""
+def _named(config: Config, agreement: Agreement) -> Beginning:
+    """The newest whole checkpoint of the folder, none, or the one at the path that ``run.resume`` gives."""
     checkpoints = Path(config.run.directory) / CHECKPOINTS
-    newest = latest_checkpoint(checkpoints)
     if config.run.resume == "auto":
-        return Checkpoint.open(newest) if newest else None
-    if newest:
-        raise CheckpointError(
-            f"run.resume is {config.run.resume}, but {checkpoints} already holds {newest.name}, and the run would "
-            "write over what follows; choose another run.directory, or go on from the newest with run.resume=auto"
-        )
-    return None if config.run.resume == "never" else Checkpoint.open(Path(config.run.resume))
+        choice = newest_whole(checkpoints, agreement)
+        with together(agreement):
+            is_lost = choice.checkpoint is None and bool(candidates(checkpoints))
+        if is_lost:
+            raise CheckpointError(
+                "\n  ".join([f"{checkpoints}: no checkpoint in it is whole:", *choice.skipped])
+                + "\nbring one back from a copy, or choose another run.directory to begin anew"
+            )
+        return Beginning(choice.checkpoint, choice.skipped)
+    with together(agreement):
+        if newest := latest_checkpoint(checkpoints):
+            raise CheckpointError(
+                f"run.resume is {config.run.resume}, but {checkpoints} already holds {newest.name}, and the run "
+                "would write over what follows; choose another run.directory, or go on from the newest with "
+                "run.resume=auto"
+            )
+    if config.run.resume == "never":
+        return Beginning(None)
+    with together(agreement):
+        path = find_checkpoint(Path(config.run.resume))
+    return Beginning(verified(path, agreement))
 
 
 def _check_tokenizer(checkpoint: Checkpoint, config: Config) -> None:

@@ -1,33 +1,35 @@
-"""The folder of a run: settings, metrics and checkpoints, and where a run goes on."""
+"""The folder of a run: settings, metrics, checkpoints, and how the run ended."""
 
+import json
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
 import torch
 
-from megatron_bert_tp.checkpoint.durable import JSON
+from megatron_bert_tp.checkpoint.background import Saver
+from megatron_bert_tp.checkpoint.directories import candidates
+from megatron_bert_tp.checkpoint.durable import JSON, readable
 from megatron_bert_tp.checkpoint.model import MODEL
-from megatron_bert_tp.checkpoint.save import save_checkpoint
 from megatron_bert_tp.config.dump import to_dict, write_config
-from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.schema import Config
-from megatron_bert_tp.errors import TrainingError
+from megatron_bert_tp.errors import CheckpointError
 from megatron_bert_tp.formats.convert import LOWERCASE
 from megatron_bert_tp.model.chunks import Chunks
 from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.parallel.mesh import ParallelMesh
-from megatron_bert_tp.training.failures import together
+from megatron_bert_tp.training.anomalies import AnomalyReport
+from megatron_bert_tp.training.changes import CORPORA, SETTINGS
 from megatron_bert_tp.training.progress import Record, Reporter
 from megatron_bert_tp.training.state import facts_of, held_rectangles
 from megatron_bert_tp.training.update import Updater
 
-CHECKPOINTS = "checkpoints"
-SETTINGS, SAMPLES = "settings", "samples"
-"""Facts of a checkpoint: all settings of its run, and the samples that it has consumed."""
+CHECKPOINTS, ANOMALIES = "checkpoints", "anomalies.jsonl"
+SAMPLES = "samples"
+"""Fact of a checkpoint: the samples that its run has consumed."""
 
 
 class RunDirectory:
@@ -36,15 +38,24 @@ class RunDirectory:
     def __init__(
         self,
         config: Config,
-        environment: LaunchEnvironment,
         *,
         mesh: ParallelMesh,
         agreement: Agreement,
+        saver: Saver,
         reporter: Reporter | None,
+        fingerprints: Sequence[str],
+        start: Path | None = None,
     ) -> None:
-        self._config, self._environment, self._reporter = config, environment, reporter
+        """``fingerprints`` are those of the corpora; ``start`` is the checkpoint that the run goes on from."""
+        self._config, self._reporter, self._saver = config, reporter, saver
         self._mesh, self._agreement = mesh, agreement
+        self._fingerprints = fingerprints
         self.path = Path(config.run.directory)
+        self._start = start
+        self.save_seconds: float | None = None
+        """Time that the latest checkpoint took."""
+        self.is_saving = False
+        """Whether a checkpoint was begun and not finished."""
 
     def say(self, text: str) -> None:
         """One line on the console, from the first rank."""
@@ -56,6 +67,15 @@ class RunDirectory:
         if self._reporter is not None:
             self._reporter.step(record)
 
+    def report_anomaly(self, report: AnomalyReport) -> None:
+        """A step with wrong numbers: what is known in anomalies.jsonl, and a line unless the run ends of it."""
+        if self._reporter is None:
+            return
+        with (self.path / ANOMALIES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(report.record(), allow_nan=False) + "\n")
+        if not report.stops:
+            self.say(report.message)
+
     def lacks_evaluation(self, steps_done: int) -> bool:
         """Whether a run of this folder was ended between a step and its evaluation; every rank must ask."""
         lacks = self._reporter is not None and self._reporter.lacks_evaluation(steps_done)
@@ -66,46 +86,69 @@ class RunDirectory:
         if self._reporter is not None:
             self._reporter.evaluation(record)
 
-    def save(self, chunks: Chunks, updater: Updater, *, steps_done: int, samples_done: int) -> Path:
-        """Write a checkpoint of what all ranks hold, each tensor once."""
-        path = save_checkpoint(
-            self.path / CHECKPOINTS,
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written on this rank."""
+        return self._saver.is_busy
+
+    def begin_save(self, chunks: Chunks, updater: Updater, *, steps_done: int, samples_done: int) -> None:
+        """Begin to write a checkpoint of what all ranks hold, each tensor once."""
+        name = tokenizer_name(self._config)
+        self.is_saving = True
+        self._saver.begin(
             steps_done,
             held_rectangles(chunks, updater, self._config.optimizer.name, self._mesh),
             facts={**self._facts(chunks, samples_done), **facts_of(updater)},
-            attachments={tokenizer_name(self._config): self.path / tokenizer_name(self._config)},
-            rank=self._environment.rank,
-            world_size=self._environment.world_size,
-            agree=self._first_text,
-            keep_last=self._config.run.keep_last,
+            attachments={name: self.path / name},
         )
-        self.say(f"checkpoint {path}")
-        return path
 
-    def _first_text(self, text: str | None) -> str | None:
-        told = self._agreement.first(text)
-        return None if told is None else told.text
+    def finish_save(self, *, must_succeed: bool = False) -> bool:
+        """Wait for the checkpoint that is being written, and tell of it; False where it failed.
+
+        SaveError, the same on all ranks, where it failed; with ``run.save_failure: continue`` it is told instead,
+        unless it ``must_succeed``.
+        """
+        if not self.is_saving:
+            return True
+        self.is_saving = False
+        try:
+            saved = self._saver.finish()
+        except CheckpointError as error:
+            if must_succeed or self._config.run.save_failure == "stop":
+                raise
+            self.say(f"not saved: {error}\ntraining goes on; the next checkpoint is tried when it is due")
+            return False
+        assert saved is not None, "a checkpoint was begun"
+        self.save_seconds = saved.seconds
+        for line in saved.cleared:
+            self.say(line)
+        self.say(f"checkpoint {saved.path}: {readable(saved.num_bytes)} in {saved.seconds:.1f} s")
+        return True
+
+    def newest_checkpoint(self) -> str | None:
+        """The newest checkpoint of the folder as it is now, else the one that the run goes on from."""
+        try:
+            newest = next(iter(candidates(self.path / CHECKPOINTS)), self._start)
+        except OSError:
+            newest = self._start
+        return None if newest is None else str(newest)
 
     def _facts(self, chunks: Chunks, samples: int) -> Mapping[str, JSON]:
         return {
             MODEL: asdict(chunks.shape),
             SETTINGS: cast(JSON, to_dict(self._config)),
+            CORPORA: list(self._fingerprints),
             LOWERCASE: self._config.data.lowercase,
             SAMPLES: samples,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
 
 
-def prepare(config: Config, environment: LaunchEnvironment, agreement: Agreement) -> None:
-    """Make the folder and keep settings and tokenizer in it; the other ranks wait for it."""
-    with together(agreement):
-        if environment.is_first:
-            path = Path(config.run.directory)
-            if path.exists() and not path.is_dir():
-                raise TrainingError(f"run.directory ({path}) is a file; choose a folder, new or of the same run")
-            path.mkdir(parents=True, exist_ok=True)
-            write_config(config, path / "config.yaml")
-            shutil.copyfile(config.data.tokenizer, path / tokenizer_name(config))
+def keep_settings(config: Config) -> None:
+    """Write settings and tokenizer into the folder of the run; the first rank does it for all."""
+    path = Path(config.run.directory)
+    write_config(config, path / "config.yaml")
+    shutil.copyfile(config.data.tokenizer, path / tokenizer_name(config))
 
 
 def tokenizer_name(config: Config) -> str:

@@ -24,6 +24,7 @@ from megatron_bert_tp.optim.rules import kinds_of, moment_of, restart_
 from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.parallel.ownership import is_master
 from megatron_bert_tp.parallel.sharding import Part
+from megatron_bert_tp.training.anomalies import NORMS, SKIPPED
 from megatron_bert_tp.training.update import Updater
 
 UPDATES, LOSS_SCALE = "updates", "loss_scale"
@@ -53,9 +54,10 @@ def held_rectangles(chunks: Chunks, updater: Updater, optimizer_name: str, mesh:
 
 
 def facts_of(updater: Updater) -> Mapping[str, JSON]:
-    """Counters of the update."""
-    scale = updater.loss_scale
-    return {UPDATES: updater.updates_done, **({} if scale is None else {LOSS_SCALE: scale.facts()})}
+    """Counters of the update, and what the next step is judged by."""
+    scale, history = updater.loss_scale, updater.history
+    judged_by: dict[str, JSON] = {NORMS: list(history.norms), SKIPPED: history.skipped_in_a_row}
+    return {UPDATES: updater.updates_done, **judged_by, **({} if scale is None else {LOSS_SCALE: scale.facts()})}
 
 
 def weights_source(config: Config, shape: ModelShape, checkpoint: Checkpoint | None, *, checks: bool) -> Fill:

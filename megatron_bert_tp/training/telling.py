@@ -1,17 +1,13 @@
 """What a run says of itself at its start and at its end."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from megatron_bert_tp.checkpoint.directories import latest_checkpoint
-from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.schema import Config, ParallelConfig
 from megatron_bert_tp.data.samples.source import SampleSource
 from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.pipeline.partition import StagePlan
-from megatron_bert_tp.training.resume import changed_settings, samples_at_the_end
-from megatron_bert_tp.training.run_directory import CHECKPOINTS
+from megatron_bert_tp.training.resume import Beginning, samples_at_the_end
 from megatron_bert_tp.training.trainer import Trainer
 
 
@@ -19,7 +15,7 @@ def opening(
     config: Config,
     environment: LaunchEnvironment,
     trainer: Trainer,
-    checkpoint: Checkpoint | None,
+    begin: Beginning,
     *,
     plans: Sequence[StagePlan],
 ) -> str:
@@ -36,7 +32,7 @@ def opening(
             *([f"with {', '.join(extras)}"] if extras else []),
             *_without_effect(config, mesh),
             *_corpora(trainer.texts.source, end),
-            *_beginning(config, trainer.steps_done, checkpoint),
+            *_beginning(config, trainer.steps_done, begin),
         ]
     )
 
@@ -48,15 +44,6 @@ def reading(source: SampleSource, begun: int, done: int) -> str:
         f"{after.samples - before.samples:,} samples ({after.epochs - before.epochs:.3g} epochs) of {after.prefix}"
         for before, after in rows
     )
-
-
-def interruption(config: Config, steps_done: int) -> str:
-    """What is kept of a run that was stopped by Ctrl-C."""
-    newest = latest_checkpoint(Path(config.run.directory) / CHECKPOINTS)
-    kept = f"the same command goes on from {newest}"
-    if newest is None:
-        kept = f"there is no checkpoint yet (run.save_every is {config.run.save_every}), so nothing of it is kept"
-    return f"interrupted after step {steps_done}; {kept}"
 
 
 def say_nothing(_text: str) -> None:
@@ -114,12 +101,13 @@ def _corpora(source: SampleSource, num_samples: int) -> list[str]:
     ]
 
 
-def _beginning(config: Config, steps_done: int, checkpoint: Checkpoint | None) -> list[str]:
-    if checkpoint is None:
+def _beginning(config: Config, steps_done: int, begin: Beginning) -> list[str]:
+    passed = [f"checkpoint passed over: {reason}" for reason in begin.skipped]
+    if begin.checkpoint is None:
         weights = f" from the weights of {config.model.weights}" if config.model.weights else ""
-        return [f"starts at step 0{weights}"]
-    lines = [f"goes on from {checkpoint.directory}, step {checkpoint.step}"]
-    lines += [f"changed since then: {change}" for change in changed_settings(checkpoint, config)]
+        return [*passed, f"starts at step 0{weights}"]
+    lines = [*passed, f"goes on from {begin.checkpoint.directory}, step {begin.checkpoint.step}"]
+    lines += [f"changed since then: {change}" for change in begin.changes]
     if steps_done >= config.optimizer.steps:
         lines.append(f"already finished: optimizer.steps is {config.optimizer.steps}")
     return lines

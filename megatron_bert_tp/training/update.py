@@ -1,17 +1,23 @@
 """The end of a step: gradients are summed, the step is taken or skipped, and the weights move."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
-from megatron_bert_tp.errors import TrainingError
+from megatron_bert_tp.errors import NotFiniteError
 from megatron_bert_tp.optim.learning_rate import Schedule, learning_rate
 from megatron_bert_tp.optim.loss_scale import LossScale, LossScaleNumbers
 from megatron_bert_tp.optim.rules import step_
 from megatron_bert_tp.optim.weight_decay import WeightDecay, weight_decay
 from megatron_bert_tp.parallel.gradients import Gradients
 from megatron_bert_tp.parallel.ownership import OwnedWeights
+from megatron_bert_tp.reliability.actions import Actions, Kind
+from megatron_bert_tp.training.anomalies import Anomaly, AnomalyNumbers, Consequence, NormHistory
+
+_MOST_TENSORS = 5
+"""Tensors that a spike is attributed to."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class UpdateNumbers:
     counts_samples: bool
     """Whether rates and decay go by samples instead of steps."""
     loss_scale: LossScaleNumbers | None
+    anomalies: AnomalyNumbers = field(default_factory=AnomalyNumbers)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,10 @@ class Update:
     weight_decay: float
     loss_scale: float
     is_skipped: bool
+    anomaly: Anomaly | None = None
+    """What is wrong with the step; an overflow in float16, which is the loss scale's business, is none."""
+    tensors: Mapping[str, float | None] = field(default_factory=dict)
+    """Tensors to which the anomaly is attributed, as `Attribution.tensors` has them."""
 
 
 class Updater:
@@ -66,9 +77,14 @@ class Updater:
         *,
         updates_done: int = 0,
         loss_scale: LossScale | None = None,
+        history: NormHistory | None = None,
+        actions: Actions | None = None,
     ) -> None:
+        """``actions`` is told what this rank does; nobody is without."""
+        self._actions = actions or Actions.silent()
         self.gradients, self.weights, self.optimizer, self._numbers = gradients, weights, optimizer, numbers
         self.updates_done, self.loss_scale = updates_done, loss_scale
+        self.history = history or NormHistory()
 
     @property
     def scale(self) -> float:
@@ -80,27 +96,51 @@ class Updater:
         self.gradients.begin(num_microbatches)
 
     def finish(self, loss: float, done: Done) -> Update:
-        """Move the weights, unless something is not finite: then float16 skips the step, and all others stop."""
+        """Move the weights, unless the numbers are wrong: then they, their moments and all counters stay.
+
+        The caller ends the run where the anomaly says so; NotFiniteError where no loss scale helps.
+        """
+        self._actions.enter(Kind.GRADIENTS, "adds up the gradients of all ranks")
         scale = self.scale
         norm = self.gradients.reduce_and_norm(scale)
-        is_finite = math.isfinite(loss) and math.isfinite(norm)
+        has_overflowed = self._overflows(loss, norm, done)
+        anomaly = None if has_overflowed else self.history.judge(loss, norm, self._numbers.anomalies)
+        tensors = {} if anomaly is None else self._tensors(anomaly)
+        is_taken = not has_overflowed and (anomaly is None or anomaly.consequence is Consequence.REPORTED)
         rate, decay = self._rate(done), weight_decay(self._counted(done), self._numbers.decay)
-        if self.loss_scale is not None:
-            self.loss_scale = self._next_scale(self.loss_scale, is_finite, done)
-        elif not is_finite:
-            raise TrainingError(_not_finite(loss, norm, done))
-        if is_finite:
+        if not has_overflowed:
+            self.history = self.history.after(norm, anomaly, self._numbers.anomalies)
+        if is_taken:
+            self._actions.enter(Kind.OPTIMIZER, "moves the weights")
             self.gradients.clip_(norm, self._numbers.clip_norm)
             step_(self.optimizer, rate=rate, weight_decay=decay)
+            self._actions.enter(Kind.GRADIENTS, "brings moved weights to all ranks")
             self.weights.publish()
             self.updates_done += 1
-        return Update(norm, rate, decay, scale, not is_finite)
+        return Update(norm, rate, decay, scale, not is_taken, anomaly, tensors)
+
+    def _overflows(self, loss: float, norm: float, done: Done) -> bool:
+        """Whether a step in float16 has overflowed; the loss scale is the next step's."""
+        if self.loss_scale is None:
+            return False
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
+        self.loss_scale = self._next_scale(self.loss_scale, is_finite, done)
+        return not is_finite
+
+    def _tensors(self, anomaly: Anomaly) -> dict[str, float | None]:
+        """Tensors with the largest shares of a spike's squares, or those whose gradients are not finite."""
+        squares = dict(zip(self.gradients.names, self.gradients.squares().tolist(), strict=True))
+        if not anomaly.is_spike:
+            return {name: None for name, square in squares.items() if not math.isfinite(square)}
+        largest = sorted(squares, key=squares.__getitem__, reverse=True)[:_MOST_TENSORS]
+        total = sum(squares.values())
+        return {name: squares[name] / total for name in largest}
 
     def _next_scale(self, scale: LossScale, is_finite: bool, done: Done) -> LossScale:
         assert self._numbers.loss_scale is not None
         following = scale.after(is_finite, self._numbers.loss_scale)
         if following.is_hopeless(self._numbers.loss_scale):
-            raise TrainingError(
+            raise NotFiniteError(
                 f"{done.named}: {following.skipped_in_a_row} steps in a row have overflowed in float16, down to a "
                 f"loss scale of {scale.scale:g}; the weights are those before the first of them. Lower "
                 "optimizer.learning_rate, or set optimizer.precision=bfloat16, which needs no loss scale"
@@ -113,10 +153,3 @@ class Updater:
     def _rate(self, done: Done) -> float:
         size = done.batch if self._numbers.counts_samples else 1
         return learning_rate(self._counted(done), self._numbers.rates, size=size)
-
-
-def _not_finite(loss: float, norm: float, done: Done) -> str:
-    return (
-        f"{done.named}: loss {loss}, gradient norm {norm}; both must be finite. The weights are those after step "
-        f"{done.steps}. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at these samples"
-    )

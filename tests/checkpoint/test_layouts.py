@@ -1,12 +1,12 @@
 """A checkpoint has no layout: whatever saved it, whatever reads it, the numbers are the same."""
 
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_bert_tp.checkpoint.directories import Keep
 from megatron_bert_tp.checkpoint.load import load_parts_, load_rectangles_
 from megatron_bert_tp.checkpoint.model import check_model
 from megatron_bert_tp.checkpoint.read import Checkpoint
@@ -17,7 +17,7 @@ from megatron_bert_tp.model.initialisation import initial_tensor
 from megatron_bert_tp.model.shape import ModelShape, tensor_shapes
 from megatron_bert_tp.model.stage import MegatronBertStage
 from megatron_bert_tp.parallel.agreement import Agreement
-from tests.checkpoint.layouts import ODD, TINY, InThreads, held, save, stages, whole
+from tests.checkpoint.layouts import ODD, TINY, OneOfThreads, held, in_threads, save, stages, whole
 from tests.support import TIMEOUT
 
 UNTIED = ModelShape(1003, 16, 5, 4, 32, 16, 2, tie_word_embeddings=False)
@@ -104,62 +104,34 @@ def test_a_checkpoint_without_optimizer_state_says_so(tmp_path):
 def test_number_formats_and_scalars_are_kept(tmp_path, dtype):
     tensors = [Rectangle("a/matrix", (2, 3), (0, 0), torch.arange(6).reshape(2, 3).T.contiguous().T.to(dtype))]
     tensors.append(Rectangle("a/scalar", (), (), torch.tensor(7).to(dtype)))
-    path = save_checkpoint(tmp_path, 0, tensors, **ALONE)
+    path = save_checkpoint(tmp_path, 0, tensors, **ALONE).path
     checkpoint = Checkpoint.open(path)
     assert torch.equal(checkpoint.read("a/matrix", (0, 1), (2, 2)), torch.tensor([[1, 2], [4, 5]]).to(dtype))
     assert torch.equal(checkpoint.read("a/scalar", (), ()), torch.tensor(7).to(dtype))
 
 
-ALONE = {
-    "facts": {},
-    "attachments": {},
-    "rank": 0,
-    "world_size": 1,
-    "agree": lambda failure: failure,
-    "keep_last": 1,
-}
+ALONE = {"facts": {}, "attachments": {}, "agreement": Agreement.alone(), "keep": Keep(last=1)}
 
 
 def test_ranks_without_rectangles_write_no_tensor_file(tmp_path):
-    agree = InThreads(3)
     stage = stages(ODD)[0]
 
-    def save_as(rank: int) -> None:
-        given = held(stage) if rank == 1 else []
-        options = {**ALONE, "rank": rank, "world_size": 3, "agree": agree.of(rank)}
-        save_checkpoint(tmp_path, 5, given, **options)
+    def save_as(agreement: OneOfThreads) -> None:
+        given = held(stage) if agreement.rank == 1 else []
+        save_checkpoint(tmp_path, 5, given, **{**ALONE, "agreement": agreement})
 
-    in_threads(3, save_as)
+    assert in_threads(3, save_as) == [None] * 3
     assert sorted(path.name for path in (tmp_path / "step_00000005").iterdir()) == [
         "manifest.json",
         "rank_00001.safetensors",
     ]
 
 
-def in_threads(count: int, work) -> None:
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert not any(thread.is_alive() for thread in threads)
-
-
-def agree_among_processes():
-    agreement = Agreement.of_world(TIMEOUT)
-
-    def agree(text: str | None) -> str | None:
-        told = agreement.first(text)
-        return None if told is None else told.text
-
-    return agree
-
-
 def save_as_rank(root: Path) -> str:
     rank = dist.get_rank()
     stage = stages(ODD, tensor=2, pipeline=2)[rank]
-    options = {**ALONE, "rank": rank, "world_size": 4, "agree": agree_among_processes()}
-    return str(save_checkpoint(root, 7, held(stage), **options))
+    agreement = Agreement.of_world(TIMEOUT)
+    return str(save_checkpoint(root, 7, held(stage), **{**ALONE, "agreement": agreement}).path)
 
 
 def test_four_real_ranks_save_what_one_process_saves(tmp_path, ranks):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_bert_tp.checkpoint.directories import partial_directory
+from megatron_bert_tp.checkpoint.directories import Keep, partial_directory
 from megatron_bert_tp.checkpoint.load import load_parts_
 from megatron_bert_tp.checkpoint.model import ARCHITECTURE, MODEL
 from megatron_bert_tp.checkpoint.read import Checkpoint, Reader
@@ -83,12 +83,13 @@ def load(read: Reader, shape: ModelShape, head: Head, layout: tuple[int, int], d
 
 
 def save(root: Path, made: list[MegatronBertStage]) -> None:
-    prepare_directory(root, 1)
+    partial = partial_directory(root, 1, "made")
+    prepare_directory(partial)
     for rank, stage in enumerate(made):
         held = rectangles("weight", [(part, part.view(part.parameter)) for part in stage.parts()])
-        write_rectangles(partial_directory(root, 1), rank, held)
+        write_rectangles(partial, rank, held)
     facts = {MODEL: asdict(made[0].shape), ARCHITECTURE: made[0].head.architecture}
-    commit_checkpoint(root, 1, len(made), facts=facts, attachments={}, keep_last=1)
+    commit_checkpoint(partial, 1, len(made), facts=facts, attachments={}, keep=Keep(last=1))
 
 
 def any_tensors(shape: ModelShape, head: Head, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one clear message: the rule, the value, the way out, and exit code 2."""
+"""What a user gets wrong ends in one clear message: the rule, the value, the way out, and an exit code."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bert_tp.data.corpus.mapped import Corpus
+from megatron_bert_tp.errors import ExitCode
 from tests.training.runs import make_data, pretrain
 
 
@@ -19,12 +20,12 @@ def broken(tmp_path) -> Path:
     return tmp_path
 
 
-def message(settings: Path, *overrides: object) -> str:
+def message(settings: Path, *overrides: object, code: ExitCode = ExitCode.BAD_DATA) -> str:
     """Error of a run that must fail fast, told without a traceback."""
     started = time.monotonic()
     done = pretrain(settings, *overrides)
     assert time.monotonic() - started < 30
-    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr
 
@@ -103,7 +104,8 @@ def test_a_vocabulary_without_mask_is_refused(broken):
 
 
 def test_a_checkpoint_of_another_model_size_is_refused_with_the_numbers(data, finished_run):
-    text = message(data, f"run.directory={finished_run}", "model.hidden_size=64", "run.resume=auto")
+    given = (f"run.directory={finished_run}", "model.hidden_size=64", "run.resume=auto")
+    text = message(data, *given, code=ExitCode.BAD_SETTINGS)
     assert "hidden_size" in text
     assert "32" in text
     assert "64" in text
@@ -116,16 +118,19 @@ def test_a_damaged_checkpoint_is_refused_by_name(data, finished_run, tmp_path):
     content = bytearray(victim.read_bytes())
     content[-5] ^= 1
     victim.write_bytes(content)
-    assert victim.name in message(data, f"run.directory={copy}")
+    text = message(data, f"run.resume={copy}", f"run.directory={tmp_path}/new", code=ExitCode.BAD_CHECKPOINT)
+    assert victim.name in text
 
 
 def test_a_missing_checkpoint_is_named(data, tmp_path):
-    text = message(data, f"run.directory={tmp_path}/run", f"run.resume={tmp_path}/nothing")
+    given = (f"run.directory={tmp_path}/run", f"run.resume={tmp_path}/nothing")
+    text = message(data, *given, code=ExitCode.BAD_CHECKPOINT)
     assert str(tmp_path / "nothing") in text
 
 
 def test_missing_weights_are_named(data, tmp_path):
-    text = message(data, f"run.directory={tmp_path}/run", f"model.weights={tmp_path}/nothing")
+    given = (f"run.directory={tmp_path}/run", f"model.weights={tmp_path}/nothing")
+    text = message(data, *given, code=ExitCode.BAD_CHECKPOINT)
     assert str(tmp_path / "nothing") in text
 
 
@@ -139,7 +144,7 @@ def test_a_wrong_world_size_is_told_once_under_torchrun(data, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_move(data, tmp_path):
     done = pretrain(data, f"run.directory={tmp_path}/run", "optimizer.learning_rate=1e30", "optimizer.clip_norm=0")
-    assert done.returncode == 2
+    assert done.returncode == ExitCode.NOT_FINITE
     assert "must be finite" in done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["loss"] == row["loss"] for row in rows)

@@ -92,7 +92,7 @@ def test_a_run_may_be_longer_where_its_first_steps_stay_the_same(data, schedule,
 
     schedule = [*schedule, "optimizer.final_weight_decay=0.1"] if "linear" in schedule[-1] else schedule
     short, long = (load_config(data, [*schedule, f"optimizer.steps={steps}"]) for steps in (20, 40))
-    numbers = [update_numbers(config.optimizer) for config in (short, long)]
+    numbers = [update_numbers(config.optimizer, config.run.anomalies) for config in (short, long)]
     curves = [[(learning_rate(t, n.rates), weight_decay(t, n.decay)) for t in range(20)] for n in numbers]
     assert (curves[0] != curves[1]) == is_change
     changes = changed_settings({SETTINGS: to_dict(short), CORPORA: []}, long, [])

@@ -1,6 +1,7 @@
 """Float16: one rank's overflow makes all ranks skip the same step, and nothing has moved."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,16 +11,15 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from megatron_bert_tp.errors import TrainingError
+from megatron_bert_tp.errors import NotFiniteError
 from megatron_bert_tp.parallel.gradients import Gradients
-from megatron_bert_tp.training.state import held_rectangles
 from megatron_bert_tp.training.trainer import Trainer
 from tests.support import Layout, Recipe
 from tests.test_layouts import name_of
 from tests.trainers import CORPUS_SHAPE, configure, run, trainer_of
 from tests.training.runs import pretrain, records
+from tests.training.spoiling import state_of
 
 SHAPE = replace(CORPUS_SHAPE, num_hidden_layers=4)
 RECIPE = Recipe(shape=SHAPE, dtype=torch.float16, num_steps=5, rate=1e-3, clip_norm=0.5)
@@ -67,15 +67,6 @@ class Spoiler:
             stage.weight_gradients.deliver = partial(accumulate, trainer.updater.gradients)
         with patch.object(Gradients, "accumulate", accumulate):
             return trainer.train_step()
-
-
-def state_of(trainer: Trainer) -> list[Tensor]:
-    """Copies of all that a step may move: parameters, masters, moments."""
-    held = held_rectangles(trainer.chunks, trainer.updater, "adamw", trainer.mesh)
-    own = [each.weight for each in trainer.updater.weights.owned]
-    moments = [value for state in trainer.updater.optimizer.state.values() for value in state.values()]
-    parameters = [p.detach() for stage in trainer.chunks for p in stage.parameters()]
-    return [tensor.clone() for tensor in (*parameters, *own, *moments, *(each.tensor for each in held))]
 
 
 def counters_of(trainer: Trainer) -> frozenset[float]:
@@ -169,7 +160,7 @@ def gives_up(settings: Path, layout: Layout, *overrides: str) -> tuple[int, str,
     for step in range(1, RECIPE.num_steps + 1):
         try:
             spoiler.taken(trainer, is_bad=True)
-        except TrainingError as error:
+        except NotFiniteError as error:
             return step, str(error), all(map(torch.equal, before, state_of(trainer)))
     return 0, "", False
 
@@ -187,8 +178,8 @@ def test_a_run_that_always_overflows_ends_with_one_message(data, tmp_path):
     scale = ("optimizer.precision=float16", *scaled(1e30, most=3), "optimizer.loss_scale.minimum=1e30")
     done = pretrain(data, f"run.directory={tmp_path}/run", "parallel.tensor=2", *scale, processes=2)
     assert done.returncode != 0
-    assert done.stderr.count("3 steps in a row have overflowed in float16") == 1
-    assert "error: step 3 (samples 16 to 23)" in done.stderr
+    told = re.findall(r"^error on rank \d: (.*?): (.*) in float16", done.stderr, re.MULTILINE)
+    assert told == [("step 3 (samples 16 to 23)", "3 steps in a row have overflowed")]
     rows = records(tmp_path / "run", "step")
     assert [(row["step"], row["skipped"], row["loss_scale"]) for row in rows] == [(1, 1, 1e30), (2, 1, 1e30)]
     assert all(math.isnan(row["grad_norm"]) and row["loss"] < 10 for row in rows)

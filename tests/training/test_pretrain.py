@@ -1,5 +1,6 @@
 """The command that users start, and what it writes."""
 
+import json
 import re
 import signal
 import subprocess
@@ -8,8 +9,10 @@ import time
 
 import pytest
 
+from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.config.load import load_config
 from megatron_bert_tp.config.settings import all_sections, all_settings
+from megatron_bert_tp.errors import ExitCode
 from tests.training.runs import ROOT, pretrain, records, start, succeeded, without_times
 
 
@@ -67,7 +70,7 @@ def test_weights_of_another_vocabulary_are_refused(data, finished_run, tmp_path)
     entries = (tmp_path / "exported" / "vocab.txt").read_text().replace("w7\n", "other\n")
     (tmp_path / "exported" / "vocab.txt").write_text(entries)
     done = pretrain(data, f"run.directory={tmp_path}/run", f"model.weights={tmp_path}/exported")
-    assert done.returncode == 2
+    assert done.returncode == ExitCode.BAD_DATA
     assert "entries that are not the 99 of" in done.stderr
     assert f"set data.tokenizer={tmp_path}/exported/vocab.txt" in done.stderr
 
@@ -121,25 +124,28 @@ def default_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_an_interrupt_says_what_is_kept(data, tmp_path):
-    settings = ("optimizer.steps=100000", "run.evaluation_samples=0")
-    for folder, every in (("kept", 5), ("lost", 10**6)):
-        given = (str(data), f"run.directory={tmp_path / folder}", f"run.save_every={every}", *settings)
-        command = [sys.executable, "-m", "megatron_bert_tp.pretrain", *given]
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=default_interrupt
-        )
-        metrics = tmp_path / folder / "metrics.jsonl"
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 7):
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        output = process.communicate(timeout=60)[0]
-        assert process.returncode == 130
-        told = output.strip().splitlines()[-1]
-        kept = r"the same command goes on from .*kept/checkpoints/step_000000\d\d$"
-        lost = r"there is no checkpoint yet \(run.save_every is 1000000\), so nothing of it is kept$"
-        assert re.search(rf"^interrupted after step \d+; {kept if folder == 'kept' else lost}", told), output
+def test_an_interrupt_saves_says_so_and_goes_on(data, tmp_path):
+    folder = tmp_path / "run"
+    settings = ("optimizer.steps=100000", "run.evaluation_samples=0", "run.save_every=1000000")
+    given = (str(data), f"run.directory={folder}", *settings)
+    command = [sys.executable, "-m", "megatron_bert_tp.pretrain", *given]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=default_interrupt
+    )
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 7):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[1]
+    assert process.returncode == ExitCode.STOPPED
+    last = int(records(folder, "step")[-1]["step"])
+    assert last >= 7
+    saved = f"{folder}/checkpoints/step_{last:08d}"
+    assert f"stopped after step {last} of 100000 (SIGINT); all is saved in {saved}, and the same" in output
+    assert Checkpoint.open(folder).step == last
+    outcome = json.loads((folder / "exit.json").read_text())
+    assert (outcome["code"], outcome["step"], outcome["checkpoint"]) == (75, last, saved)
 
 
 @pytest.mark.parametrize("task", ["sop", "none"])

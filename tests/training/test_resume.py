@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_bert_tp.checkpoint.read import Checkpoint
+from megatron_bert_tp.errors import ExitCode
 from tests.comparison import is_key_bias, relative_errors
 from tests.support import Layout, Recipe
 from tests.trainers import CORPUS_SHAPE, run
@@ -14,6 +15,7 @@ from tests.training.runs import pretrain, records, succeeded, without_times
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 RECIPE = Recipe(shape=CORPUS_SHAPE, num_steps=6, final_rate=0.0, clip_norm=0.5)
+ALLOWED = "run.allow_changes=true"
 SAME_LAYOUT = ("parallel.tensor=2", "parallel.pipeline=2")
 
 
@@ -110,8 +112,9 @@ def test_a_resumed_run_with_another_global_batch_tells_what_it_will_read(data, f
     """80 samples in 10 steps of 8, then 10 steps of 2: more than 20 steps of 2 would have."""
     middle = finished_run / "checkpoints" / "step_00000010"
     output = succeeded(
-        pretrain(data, f"run.directory={tmp_path}", f"run.resume={middle}", "optimizer.global_batch=2")
+        pretrain(data, f"run.directory={tmp_path}", f"run.resume={middle}", "optimizer.global_batch=2", ALLOWED)
     )
+    assert "changed since then: optimizer.global_batch: 8 -> 2" in output
     assert records(tmp_path, "step")[-1]["samples"] == 100
     assert re.search(r"; 100 in the whole run, [\d.]+ epochs$", output, re.MULTILINE)
     assert "read: 20 samples (" in output
@@ -140,7 +143,15 @@ def test_records_after_the_checkpoint_are_cut_off_when_their_steps_run_again(tmp
     assert [record["step"] for record in read_records(path)] == [1, 2, 3, 4]
 
 
+def test_a_changed_setting_is_refused_unless_it_is_allowed(data, finished_run, tmp_path):
+    middle = finished_run / "checkpoints" / "step_00000010"
+    done = pretrain(data, f"run.directory={tmp_path}", f"run.resume={middle}", "optimizer.learning_rate=2e-2")
+    assert done.returncode == ExitCode.BAD_SETTINGS
+    assert f"are not those of {middle}:\n  optimizer.learning_rate: 0.01 -> 0.02\nput them back" in done.stderr
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_never_refuses_to_replace_the_checkpoints_of_another_run(data, finished_run):
     done = pretrain(data, f"run.directory={finished_run}", "run.resume=never")
-    assert done.returncode == 2
+    assert done.returncode == ExitCode.BAD_CHECKPOINT
     assert "run.resume=auto" in done.stderr

@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 
 from megatron_bert_tp.checkpoint.manifest import Manifest
 from megatron_bert_tp.checkpoint.read import Checkpoint
+from megatron_bert_tp.errors import ExitCode
 from tests.comparison import is_key_bias, relative_errors
 from tests.support import Layout, Recipe
 from tests.test_layouts import name_of
 from tests.trainers import CORPUS_SHAPE, run
 from tests.training.runs import pretrain, records, start, succeeded, without_times
-from tests.training.test_resume import KINDS, run_through_and_resumed, tensors
+from tests.training.test_resume import ALLOWED, KINDS, run_through_and_resumed, tensors
 
 SHAPE = replace(CORPUS_SHAPE, num_hidden_layers=4)
 RECIPE = Recipe(shape=SHAPE, num_steps=6, rate=1e-3, final_rate=0.0, clip_norm=0.5)
@@ -114,8 +115,8 @@ def test_updates_after_skipped_steps_go_on_bit_for_bit(ranks, data, tmp_path):
 
 def test_a_checkpoint_of_another_rule_is_refused_with_the_way_out(data, finished_run, tmp_path):
     middle = finished_run / "checkpoints" / "step_00000010"
-    done = pretrain(data, f"run.directory={tmp_path}", f"run.resume={middle}", "optimizer.name=sgd")
-    assert done.returncode == 2
+    done = pretrain(data, f"run.directory={tmp_path}", f"run.resume={middle}", "optimizer.name=sgd", ALLOWED)
+    assert done.returncode == ExitCode.BAD_CHECKPOINT
     assert "Traceback" not in done.stderr
     assert f"{middle}: holds no momentum_buffer" in done.stderr
     assert "start a new run from its weights with model.weights=" in done.stderr
@@ -164,7 +165,7 @@ def test_a_run_goes_on_in_another_precision(ranks, data, tmp_path, dtype):
         whole, resumed = tmp_path / source, tmp_path / f"{source}-resumed"
         ranks.run(1, run, data, first, Layout(), f"run.directory={whole}", *quiet)
         given = (f"run.directory={resumed}", f"run.resume={middle_of(whole)}", *quiet)
-        ranks.run(1, run, data, second, Layout(), *given)
+        ranks.run(1, run, data, second, Layout(), *given, ALLOWED)
         for ours, theirs in zip(records(resumed, "step"), records(whole, "step")[3:], strict=True):
             # As in tests/test_precision_layouts.py: four unit roundoffs of bfloat16.
             assert ours["loss"] == pytest.approx(theirs["loss"], abs=2.0**-6)
