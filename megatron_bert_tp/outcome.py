@@ -9,7 +9,7 @@ from megatron_bert_tp.errors import ConfigError, ExitCode
 from megatron_bert_tp.reliability.outcome import OutcomeFile
 
 USAGE = """\
-usage: python -m megatron_bert_tp.outcome [--mark | --since MARK] [--processes N] CONFIG.yaml [section.key=value ...]
+usage: python -m megatron_bert_tp.outcome [--mark | --since MARK] [--processes N] CONFIG.yaml [section.key=value]
 
 Tells how the run of these settings ended, and exits with its code; 1 when nothing is known (docs/reliability.md).
 torchrun turns every failure of a run into 1, so the scripts in launch/ ask here.  Takes no torch.

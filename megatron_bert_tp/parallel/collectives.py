@@ -18,7 +18,8 @@ from megatron_bert_tp.parallel.mesh import Axis
 def sum_over_(tensor: Tensor, axis: Axis) -> Tensor:
     """Add the tensors of all ranks of ``axis`` in place, bit-equal on all of them."""
     if axis.size > 1:
-        dist.all_reduce(tensor, group=axis.group)
+        with axis.waits:
+            dist.all_reduce(tensor, group=axis.group)
     return tensor
 
 
@@ -33,7 +34,8 @@ def start_sum_over_(tensor: Tensor, axis: Axis) -> dist.Work | None:
 def maximum_over_(tensor: Tensor, axis: Axis) -> Tensor:
     """Elementwise maximum over the ranks of ``axis``, in place."""
     if axis.size > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=axis.group)
+        with axis.waits:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=axis.group)
     return tensor
 
 
@@ -42,7 +44,9 @@ def gather_over(tensor: Tensor, axis: Axis, *, dim: int) -> Tensor:
     if axis.size == 1:
         return tensor
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in axis.ranks]
-    dist.all_gather(parts, tensor.contiguous(), group=axis.group)
+    own = tensor.contiguous()
+    with axis.waits:
+        dist.all_gather(parts, own, group=axis.group)
     return torch.cat(parts, dim)
 
 
@@ -85,10 +89,11 @@ def _named(name: str, former: str) -> Any:
     return getattr(dist, name, None) or getattr(dist, former)
 
 
-def finish(work: dist.Work | None) -> None:
-    """Wait for what was started; there is nothing to wait for on an axis of one rank."""
+def finish(work: dist.Work | None, axis: Axis) -> None:
+    """Wait for what was started over ``axis``; there is nothing to wait for on an axis of one rank."""
     if work is not None:
-        work.wait()
+        with axis.waits:
+            work.wait()
 
 
 def reduce_scatter_over(whole: Tensor, axis: Axis) -> Tensor:
@@ -96,7 +101,7 @@ def reduce_scatter_over(whole: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return whole
     share = whole.new_empty(whole.shape[0] // axis.size, *whole.shape[1:])
-    finish(start_reduce_scatter(share, whole.contiguous(), axis))
+    finish(start_reduce_scatter(share, whole.contiguous(), axis), axis)
     return share
 
 
@@ -105,7 +110,7 @@ def gather_rows_over(share: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return share
     whole, work = start_gather_rows(share, axis)
-    finish(work)
+    finish(work, axis)
     return whole
 
 

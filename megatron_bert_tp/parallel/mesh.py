@@ -6,8 +6,9 @@ most, stays inside a node:
     rank = (pipeline * data_size + data) * tensor_size + tensor
 """
 
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -19,6 +20,23 @@ _AXES = ("tensor", "data", "pipeline", "tied")
 
 Channels = Mapping[tuple[int, int], dist.ProcessGroup]
 """Communicators for messages from stage to stage, by the places of source and target on the pipeline axis."""
+
+
+class Waits:
+    """Context manager around waiting for peers: adds up ``seconds``.
+
+    Whoever compares the speed of ranks must know them: the peers of a slow rank take as long as it does.  On a
+    GPU it is the device that waits, and these are the host's times.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self._since = 0.0, 0.0
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *_error: object) -> None:
+        self.seconds += time.perf_counter() - self._since
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,8 @@ class Axis:
     ranks: tuple[int, ...]
     rank: int
     group: dist.ProcessGroup | None = None
+    waits: Waits = field(default_factory=Waits, compare=False, repr=False)
+    """For the other ranks of the axis."""
 
     @classmethod
     def alone(cls, name: str) -> "Axis":

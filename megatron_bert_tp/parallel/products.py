@@ -75,7 +75,7 @@ class ColumnProduct(torch.autograd.Function):
         summing = start_sum_over_(grad_x, ctx.axis)
         has_bias = ctx.leaves[1] is not None
         of_leaves = _of_leaves(ctx, partial(_of_linear, x.detach(), grad.detach(), weight.dtype, has_bias))
-        finish(summing)
+        finish(summing, ctx.axis)
         return grad_x.to(x.dtype), *of_leaves, None, None
 
 
@@ -137,9 +137,9 @@ class GatheredColumnProduct(torch.autograd.Function):
         grad_x = torch.empty_like(x, dtype=grad.dtype, memory_format=torch.contiguous_format)
         scattering = start_reduce_scatter(grad_x, whole, ctx.axis)
         has_bias = ctx.leaves[1] is not None
-        compute = partial(_of_gathered, started or gathering, grad.detach(), weight.dtype, has_bias)
+        compute = partial(_of_gathered, started or gathering, grad.detach(), weight.dtype, has_bias, axis=ctx.axis)
         of_leaves = _of_leaves(ctx, compute)
-        finish(scattering)
+        finish(scattering, ctx.axis)
         return grad_x.to(x.dtype), *of_leaves, None, None
 
 
@@ -147,11 +147,11 @@ Gathering = tuple[Tensor, dist.Work | None]
 
 
 def _of_gathered(
-    x: Gathering | Callable[[], Gathering], grad: Tensor, dtype: torch.dtype, has_bias: bool
+    x: Gathering | Callable[[], Gathering], grad: Tensor, dtype: torch.dtype, has_bias: bool, *, axis: Axis
 ) -> Gradients:
     """Like `_of_linear` with an input that is on its way, or has to be sent for."""
     whole, work = x() if callable(x) else x
-    finish(work)
+    finish(work, axis)
     return _of_linear(whole, grad, dtype, has_bias)
 
 

@@ -119,8 +119,11 @@ def announce(board: Board, *, silent: float, limit: float, on_hang: Callable[[st
     text = cause(ranks, finder=board.rank, silent=silent, limit=limit)
     with board.speaking():
         say(f"--- ranks of this host\n{table(ranks)}{text}\n")
-    board.tell_hang()
-    on_hang(text)
+    try:
+        on_hang(text)
+    finally:
+        # Only now may the others end: a launcher that sees one end sends signals to the rest.
+        board.tell_hang()
 
 
 def end_silent_peers(board: Board) -> None:

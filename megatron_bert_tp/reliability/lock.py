@@ -34,7 +34,7 @@ class DirectoryLock:
     def __enter__(self) -> "DirectoryLock":
         """Errors: `DirectoryError` when another process holds it, and where the file cannot be opened."""
         # No link is followed: one that lies there would have the file that it leads to overwritten.
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
             self._file = os.open(self.path, flags, 0o600)
         except OSError as error:

@@ -64,8 +64,8 @@ class Ending:
         )
 
     def is_failing(self) -> bool:
-        """Whether this rank is on its way to its end."""
-        return self.has_begun
+        """Whether this rank is on its way to its end, or will be as soon as it notices that a peer is gone."""
+        return self.has_begun or self.missing_peers() is not None
 
     def claim_end(self, code: ExitCode, cause: str) -> None:
         """Write how the run ended, where another thread ends it; what others have written stays."""

@@ -35,7 +35,7 @@ class Loop:
             self._evaluate()
         while trainer.steps_done < trainer.pace.steps:
             self._step()
-            for line in self._supervision.look_after(trainer):
+            for line in self._supervision.look_after(trainer, is_saved=self._is_due(trainer.pace.save_every)):
                 self._directory.say(line)
             self._meet()
             if self._is_due(trainer.pace.save_every):
@@ -87,14 +87,15 @@ class Loop:
             self._begin_save()
         self._directory.finish_save(must_succeed=True)
         raise StoppedError(
-            f"stopped after step {self._trainer.steps_done} of {self._trainer.pace.steps} ({reason}); all is saved "
-            f"in {self._directory.newest_checkpoint()}, and the same command goes on from there"
+            f"stopped after step {self._trainer.steps_done} of {self._trainer.pace.steps} ({reason}); all is "
+            f"saved in {self._directory.newest_checkpoint()}, and the same command goes on from there"
         )
 
     def _evaluate(self) -> None:
         trainer = self._trainer
         self._supervision.actions.enter(Kind.EVALUATION, f"evaluates after step {trainer.steps_done}")
-        losses, counts = trainer.evaluate()
+        with self._supervision.actions.within(Kind.EVALUATION):
+            losses, counts = trainer.evaluate()
         record: Record = {"step": trainer.steps_done, **_loss_fields(losses), "masked": counts.masked}
         if trainer.steps_done == trainer.pace.steps:
             record = {**record, "unigram_loss": trainer.unigram_loss(counts)}

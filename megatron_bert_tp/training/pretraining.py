@@ -18,8 +18,10 @@ from megatron_bert_tp.config.environment import LaunchEnvironment, slurm_job
 from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.errors import ExitCode, StoppedError, TrainingError
 from megatron_bert_tp.parallel.agreement import Agreement
-from megatron_bert_tp.reliability.actions import Actions, Kind
+from megatron_bert_tp.parallel.mesh import ParallelMesh
+from megatron_bert_tp.reliability.actions import Actions, Clock, HostClock, Kind
 from megatron_bert_tp.reliability.board import Board, board_of_host
+from megatron_bert_tp.reliability.device_clock import DeviceClock
 from megatron_bert_tp.reliability.limits import Limits, step_limit
 from megatron_bert_tp.reliability.lock import DirectoryLock
 from megatron_bert_tp.reliability.outcome import OutcomeFile
@@ -38,9 +40,9 @@ from megatron_bert_tp.training.processes import (
     peak_memory,
     process_group,
 )
-from megatron_bert_tp.training.progress import MetricsFile, Reporter
+from megatron_bert_tp.training.progress import MetricsFile, Reporter, keep_records
 from megatron_bert_tp.training.resume import Beginning, beginning
-from megatron_bert_tp.training.run_directory import CHECKPOINTS, RunDirectory, keep_settings
+from megatron_bert_tp.training.run_directory import ANOMALIES, CHECKPOINTS, RunDirectory, keep_settings
 from megatron_bert_tp.training.stopping import Deadline, Stopping
 from megatron_bert_tp.training.supervision import Supervision
 from megatron_bert_tp.training.telling import opening, reading, say_nothing
@@ -96,6 +98,7 @@ def _pretrain(config: Config, environment: LaunchEnvironment) -> None:
     keep_freed_memory()
     device = choose_device(config.run.device, environment.local_rank)
     timeout = timedelta(seconds=config.run.timeout_seconds)
+    launcher = os.getppid() if environment.is_launched else None
     ending = Ending(environment)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequests(is_failing=ending.is_failing, on_end=ending.claim_end))
@@ -108,7 +111,7 @@ def _pretrain(config: Config, environment: LaunchEnvironment) -> None:
         board = board_of_host(
             agreement, local_rank=environment.local_rank, local_world_size=environment.local_world_size
         )
-        watchdog = stack.enter_context(_watchdog(rank, board))
+        watchdog = stack.enter_context(_watchdog(rank, board, launcher))
         _run(rank, board, watchdog, stack)
 
 
@@ -128,7 +131,7 @@ def _occupy(rank: Rank, held: ExitStack) -> None:
         check_visible(Path(config.run.index_cache), rank.agreement, what="run.index_cache")
 
 
-def _watchdog(rank: Rank, board: Board) -> Watchdog:
+def _watchdog(rank: Rank, board: Board, launcher: int | None) -> Watchdog:
     ending, seconds = rank.ending, rank.timeout.total_seconds()
     ending.missing_peers = board.missing
     return Watchdog(
@@ -136,7 +139,7 @@ def _watchdog(rank: Rank, board: Board) -> Watchdog:
         Limits(step=step_limit(rank.config.run.step_timeout_seconds, None, longest=seconds), long=seconds),
         on_hang=lambda cause: ending.claim_end(ExitCode.HANG, cause),
         on_orphaned=lambda: rank.stop.request("the launcher is gone"),
-        launcher=os.getppid() if rank.environment.is_launched else None,
+        launcher=launcher,
     )
 
 
@@ -152,7 +155,7 @@ def _run(rank: Rank, board: Board, watchdog: Watchdog, stack: ExitStack) -> None
         ends=Passes(config.parallel).placement.ends,
         timeout=rank.timeout,
     )
-    actions = Actions(board, pipeline_ranks=mesh.pipeline.ranks)
+    actions = Actions(board, _clock(mesh, rank.device), pipeline_ranks=mesh.pipeline.ranks)
     actions.enter(Kind.STARTING, "opens the corpora")
     texts = open_texts(config, mesh.data, say=print if environment.is_first else say_nothing)
     actions.enter(Kind.STARTING, "verifies the checkpoint")
@@ -174,9 +177,19 @@ def _run(rank: Rank, board: Board, watchdog: Watchdog, stack: ExitStack) -> None
     agreement.wait()
 
 
+def _clock(mesh: ParallelMesh, device: torch.device) -> Clock:
+    """Times the work of this rank; its waiting for others apart, where the host knows of it."""
+    if device.type == "cuda":
+        return DeviceClock()
+    axes = (mesh.tensor, mesh.data, mesh.pipeline, mesh.tied)
+    return HostClock(lambda: sum(axis.waits.seconds for axis in axes))
+
+
 def _directory(rank: Rank, trainer: Trainer, begin: Beginning, stack: ExitStack) -> RunDirectory:
     config = rank.config
     is_first = rank.environment.is_first
+    if is_first:
+        keep_records(rank.directory / ANOMALIES, trainer.steps_done)
     reporter = stack.enter_context(_reporter(config, trainer.steps_done)) if is_first else None
     saver = Saver(
         rank.directory / CHECKPOINTS,

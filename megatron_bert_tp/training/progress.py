@@ -29,7 +29,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, steps_done: int) -> None:
         """Records after ``steps_done`` belong to steps that are run again, and are cut off."""
-        self.earlier = _keep_records(path, steps_done) if path.exists() else []
+        self.earlier = keep_records(path, steps_done)
         """Records of the steps that are done."""
         self._file = path.open("a", encoding="utf-8")
 
@@ -70,7 +70,10 @@ def _line(record: Record) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def _keep_records(path: Path, steps_done: int) -> list[dict[str, float | int | str]]:
+def keep_records(path: Path, steps_done: int) -> list[dict[str, float | int | str]]:
+    """Cut off the records of later steps, which are run again, and give the others; a missing file has none."""
+    if not path.exists():
+        return []
     kept = [record for record in read_records(path) if int(record["step"]) <= steps_done]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(map(_line, kept)), encoding="utf-8")

@@ -192,7 +192,7 @@ class Trainer:
             axis=self.mesh.pipeline,
             channels=self.mesh.channels,
             device=self.device,
-            observe=self._actions.instruction if self.chunks.is_training and watch is None else None,
+            observe=self._actions.instruction if watch is None else None,
         )
         statistics = executor.run(task.program, batches, loss_scale=loss_scale)
         totals = torch.zeros(_NUM_STATISTICS + 2, dtype=torch.float64, device=self.device)

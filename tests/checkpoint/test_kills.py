@@ -74,9 +74,10 @@ def test_a_kill_before_any_change_to_a_file_leaves_a_whole_checkpoint(kill, tmp_
     kinds = [event.split()[0] for event in events]
     assert len(events) > 30
     assert {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.fsync"} == set(kinds)
-    assert {"manifest.json", "latest.new", "rank_00002.safetensors"} <= {
-        event.split("/")[-1].split()[-1] for event in events
-    }
+    # Ranks write at the same time, so which of their files is met differs from run to run.
+    named = {Path(event.split()[1]).name for event in events}
+    assert {"manifest.json", "latest.new"} <= named
+    assert any(name.endswith(".safetensors") for name in named)
 
 
 def killed_at_random(kill: Killer, root: Path, number: int) -> None:

@@ -14,6 +14,7 @@ from megatron_bert_tp.errors import ExitCode
 from megatron_bert_tp.reliability.outcome import Outcome, OutcomeFile
 from tests.launch.running import environment, interpreter, is_alive, start, wait_for
 from tests.sources import ROOT
+from tests.training.runs import records
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -165,3 +166,18 @@ def test_without_arguments_the_usage_is_told(tmp_path):
     launch = Launch(tmp_path, "finish")
     launch.arguments = []
     assert launch.finish() == (2, "usage: [NPROC=N] launch/torchrun.sh CONFIG.yaml [section.key=value ...]\n")
+
+
+def test_a_run_that_is_stopped_saves_exits_with_75_and_goes_on_to_its_end(data, tmp_path):
+    """The entry point itself, with no stand-in."""
+    run = tmp_path / "run"
+    arguments = [data, f"run.directory={run}", "parallel.tensor=2", "optimizer.steps=60", "run.save_every=1000"]
+    with start("torchrun.sh", *arguments) as process:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(records(run, "step")) > 2)
+        process.send_signal(signal.SIGUSR1)
+        assert process.communicate(timeout=100)[0].splitlines()[-1].startswith("ended: stopped; code=75")
+        assert process.returncode == ExitCode.STOPPED
+    with start("torchrun.sh", *arguments) as process:
+        process.communicate(timeout=100)
+        assert process.returncode == 0
+    assert [row["step"] for row in records(run, "step")] == list(range(1, 61)), "each step once"

@@ -117,8 +117,8 @@ def run_scatters() -> tuple[Tensor, ...]:
     axis = build_mesh(Layout(tensor=SIZE)).tensor
     own = whole_numbers(SIZE * 6, seed=axis.rank)
     share, whole = own.new_empty(6), own.new_empty(SIZE * 6)
-    finish(start_reduce_scatter(share, own, axis))
-    finish(start_all_gather(whole, share, axis))
+    finish(start_reduce_scatter(share, own, axis), axis)
+    finish(start_all_gather(whole, share, axis), axis)
     rows = own.view(SIZE * 2, 3)
     return share, whole, reduce_scatter_over(rows, axis), gather_rows_over(rows.t()[:2], axis)
 
