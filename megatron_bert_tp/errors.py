@@ -99,9 +99,13 @@ class DirectoryError(TrainingError):
 
 
 class StoppedError(TrainingError):
-    """A run was asked to stop before its last step, and has saved all that it has done."""
+    """A run was asked to stop before its last step, for ``reason``, and has saved all that it has done."""
 
     exit_code = ExitCode.STOPPED
+
+    def __init__(self, text: str, *, reason: str) -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 class PeerLostError(TrainingError):

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
@@ -11,6 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from megatron_bert_tp.config.command_line import tell_error
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.errors import (
+    DataError,
     DirectoryError,
     ElsewhereError,
     ExitCode,
@@ -94,7 +95,7 @@ def telling(ending: Ending) -> Iterator[None]:
         if not is_peer_lost(error):
             if ending.claim(ending.outcome(ExitCode.BUG, f"{type(error).__name__}: {error}")):
                 raise
-            print(f"rank {ending.environment.rank} failed too: {type(error).__name__}: {error}", file=sys.stderr)
+            _say(f"rank {ending.environment.rank} failed too: {type(error).__name__}: {error}")
             raise SystemExit(ExitCode.BUG) from error
         raise _peer_lost(error, ending) from error
 
@@ -144,9 +145,8 @@ def as_ours(error: MegatronBertError | OSError) -> MegatronBertError:
     if isinstance(error, MegatronBertError):
         return error
     place = "" if error.filename is None else f"{error.filename}: "
-    refused = DirectoryError(
-        f"{place}{error.strerror or error}; check the path, its permissions and the free space"
-    )
+    kind = DataError if isinstance(error, FileNotFoundError) else DirectoryError
+    refused = kind(f"{place}{error.strerror or error}; check the path, its permissions and the free space")
     refused.__cause__ = error
     return refused
 
@@ -158,9 +158,14 @@ def _told(error: MegatronBertError, ending: Ending) -> MegatronBertError:
     if ending.file is None:
         tell_error(str(error), ending.environment)
     elif ending.claim(outcome):
-        print(f"{_title(error, rank, ending)}{error}\n{outcome.line()}", file=sys.stderr, flush=True)
+        _say(f"{_title(error, rank, ending)}{error}\n{outcome.line()}")
     error.is_told = True
     return error
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # standard error may be a file on the disk that is full
+        print(text, file=sys.stderr, flush=True)
 
 
 def _title(error: MegatronBertError, rank: int, ending: Ending) -> str:

@@ -88,7 +88,8 @@ class Loop:
         self._directory.finish_save(must_succeed=True)
         raise StoppedError(
             f"stopped after step {self._trainer.steps_done} of {self._trainer.pace.steps} ({reason}); all is "
-            f"saved in {self._directory.newest_checkpoint()}, and the same command goes on from there"
+            f"saved in {self._directory.newest_checkpoint()}, and the same command goes on from there",
+            reason=reason,
         )
 
     def _evaluate(self) -> None:

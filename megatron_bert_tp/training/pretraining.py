@@ -43,7 +43,7 @@ from megatron_bert_tp.training.processes import (
 from megatron_bert_tp.training.progress import MetricsFile, Reporter, keep_records
 from megatron_bert_tp.training.resume import Beginning, beginning
 from megatron_bert_tp.training.run_directory import ANOMALIES, CHECKPOINTS, RunDirectory, keep_settings
-from megatron_bert_tp.training.stopping import Deadline, Stopping
+from megatron_bert_tp.training.stopping import TIME_IS_UP, WARNING, Deadline, Stopping
 from megatron_bert_tp.training.supervision import Supervision
 from megatron_bert_tp.training.telling import opening, reading, say_nothing
 from megatron_bert_tp.training.texts import open_texts
@@ -80,8 +80,9 @@ def pretrain(config: Config, environment: LaunchEnvironment) -> None:
     """
     try:
         _pretrain(config, environment)
-    except StoppedError:
-        if config.run.requeue and environment.is_first:
+    except StoppedError as error:
+        # A job that is cancelled gets a SIGTERM, and shall not come back.
+        if config.run.requeue and environment.is_first and error.reason in (TIME_IS_UP, WARNING):
             _requeue()
         raise
 
@@ -128,7 +129,10 @@ def _occupy(rank: Rank, held: ExitStack) -> None:
     check_visible(directory, rank.agreement, what="run.directory")
     rank.ending.file = OutcomeFile(directory)
     if config.run.index_cache is not None:
-        check_visible(Path(config.run.index_cache), rank.agreement, what="run.index_cache")
+        cache = Path(config.run.index_cache)
+        check_visible(cache, rank.agreement, what="run.index_cache", may_be_read_only=True)
+    if rank.agreement.maximum([(directory / CHECKPOINTS).exists()])[0]:  # it may be a mount or a link of its own
+        check_visible(directory / CHECKPOINTS, rank.agreement, what="the checkpoints of run.directory")
 
 
 def _watchdog(rank: Rank, board: Board, launcher: int | None) -> Watchdog:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from megatron_bert_tp.parallel.agreement import Agreement
 
-TIME_IS_UP = "run.stop_after"
+TIME_IS_UP, WARNING = "run.stop_after", "SIGUSR1"
+"""Reasons after which a job should be run again: its time is over, or SLURM has said that it soon will be."""
 _OTHER = "another request"
-_REASONS = (None, _OTHER, TIME_IS_UP, "the launcher is gone", "SIGUSR1", "SIGTERM", "SIGINT")
+_REASONS = (None, _OTHER, TIME_IS_UP, "the launcher is gone", WARNING, "SIGTERM", "SIGINT")
 """What can end a run early; where ranks have several reasons, the last of these counts."""
 _BYTES_A_SECOND = 100e6
 """Speed of the first save, before one is measured: that of a slow shared disk."""

@@ -1,4 +1,4 @@
-"""Entry points answer user errors with one message, exit code 2, and at once."""
+"""Entry points answer user errors with one message, the exit code of its class, and at once."""
 
 import os
 import resource
@@ -48,7 +48,7 @@ def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[float]]:
     return _as_rank
 
 
-def test_user_error_is_one_message_and_exit_code_2(capsys: pytest.CaptureFixture[str]):
+def test_user_error_is_one_message_and_the_exit_code_of_its_class(capsys: pytest.CaptureFixture[str]):
     assert run_command(fail, usage="", arguments=[]) == 3
     output = capsys.readouterr()
     assert (output.out, output.err) == ("", "error: no corpus\n")

@@ -3,13 +3,17 @@
     FAULT = kind[=amount] "@" key:value ["," key:value]...        several faults are parted by ";"
 
     kind     kill9 stop hang raise oom exit0 term usr1 int      what becomes of the process
+             killall                                            SIGKILL to the launcher and all its ranks
              slow=SECONDS                                       sleeps so long, every time
+             clock=SECONDS                                      the clock on the wall jumps
              nan inf flip                                       spoils a number of a tensor
              fail                                               an exception in the thread that saves
              file=BYTES                                         no file may grow larger: the disk is full
-    step     the step in which it happens, from 1
+    step     the step in which it happens, from 1; 0 before the first; in a save the step that is saved
     rank     the global rank to which it happens; every rank without
-    at       step forward backward messages reduce optimizer save write commit; forward, if it is not given
+    at       meet start                                         before it joins the others, opens the corpora
+             step forward backward messages reduce optimizer evaluate; forward, if it is not given
+             save write commit rename purge remove              of a save; remove: old files, under another name
     until    last step in which it happens (of slow and file); `step` alone without
     start    the start under torchrun --max-restarts in which it happens, from 0; any: in each
 
@@ -18,22 +22,24 @@ The package knows nothing of this: its methods are wrapped here, in the process 
 
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_bert_tp.checkpoint import save
+from megatron_bert_tp.checkpoint import background, save
 from megatron_bert_tp.config.command_line import run_command
 from megatron_bert_tp.parallel.gradients import Gradients
 from megatron_bert_tp.pipeline.executor import Executor
 from megatron_bert_tp.pretrain import main
-from megatron_bert_tp.training import update
+from megatron_bert_tp.training import pretraining, update
 from megatron_bert_tp.training.trainer import Trainer
 
 SIGNALS = {
@@ -43,6 +49,8 @@ SIGNALS = {
     "usr1": signal.SIGUSR1,
     "int": signal.SIGINT,
 }
+IN_SAVES = ("save", "write", "commit", "rename", "purge", "remove")
+"""Places that a thread may reach while the run is steps ahead."""
 
 
 @dataclass
@@ -86,6 +94,10 @@ class Fault:
         print(f"fault: {self.kind} in {place}, at {time.time():.3f}", file=sys.stderr, flush=True)
         if self.kind in SIGNALS:
             os.kill(os.getpid(), SIGNALS[self.kind])
+        elif self.kind == "killall":
+            kill_launch()
+        elif self.kind == "clock":
+            shift_clock(self.amount)
         elif self.kind == "slow":
             time.sleep(self.amount)
         elif self.kind == "hang":
@@ -99,8 +111,34 @@ class Fault:
         elif self.kind == "fail":
             raise RuntimeError("a fault in the thread that saves")
         elif self.kind == "file":
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (int(self.amount), resource.RLIM_INFINITY))
+            limit_files(int(self.amount))
+
+    def pass_by(self, step: int) -> None:
+        """Take back what lasts until a step that is over."""
+        if self.kind == "file" and self.happened == 1 and step > self.until:
+            self.happened += 1
+            limit_files(resource.RLIM_INFINITY)
+
+
+def limit_files(num_bytes: int) -> None:
+    # Python ignores the signal that would come along with the error.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
+
+
+def kill_launch() -> None:
+    """The launcher first, so that it starts nothing anew; this process last."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = os.getppid()
+        tasks = Path(f"/proc/{launcher}/task").glob("*/children")
+        ranks = [int(number) for children in tasks for number in children.read_text().split()]
+        for process in (launcher, *(rank for rank in ranks if rank != os.getpid())):
+            os.kill(process, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def shift_clock(seconds: float) -> None:
+    true_time = time.time
+    time.time = lambda: true_time() + seconds
 
 
 class Faults:
@@ -108,11 +146,13 @@ class Faults:
 
     def __init__(self, text: str) -> None:
         self._faults = [Fault.parse(each) for each in text.split(";") if each]
-        self.step = 0
+        self.step = self.saved_step = 0
 
     def at(self, place: str) -> None:
+        step = self.saved_step if place in IN_SAVES else self.step
         for fault in self._faults:
-            if fault.is_here(place, self.step):
+            fault.pass_by(self.step)
+            if fault.is_here(place, step):
                 fault.happen()
 
     def before(self, owner: Any, name: str, place: str) -> None:
@@ -151,10 +191,28 @@ def install(faults: Faults) -> None:
     faults.before(Executor, "_launch", "messages")
     faults.before(Gradients, "reduce_and_norm", "reduce")
     faults.before(update, "step_", "optimizer")
-    faults.before(save, "save_checkpoint", "save")
+    faults.before(Trainer, "evaluate", "evaluate")
+    faults.before(pretraining, "process_group", "meet")
+    faults.before(pretraining, "open_texts", "start")
+    _install_in_saves(faults)
+    _spoil_numbers(faults)
+
+
+def _install_in_saves(faults: Faults) -> None:
+    save_checkpoint: Callable[..., Any] = background.save_checkpoint
+
+    @wraps(save_checkpoint)
+    def counted(root: Path, step: int, *arguments: Any, **named: Any) -> Any:
+        faults.saved_step = step
+        faults.at("save")
+        return save_checkpoint(root, step, *arguments, **named)
+
+    background.save_checkpoint = counted
     faults.before(save, "write_rectangles", "write")
     faults.before(save, "commit_checkpoint", "commit")
-    _spoil_numbers(faults)
+    faults.before(save, "publish", "rename")
+    faults.before(save, "purge", "purge")
+    faults.before(shutil, "rmtree", "remove")
 
 
 def _spoil_numbers(faults: Faults) -> None:

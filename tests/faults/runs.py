@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_bert_tp.checkpoint.read import Checkpoint
-from tests.training.runs import ROOT
+from tests.training.runs import ROOT, records, without_times
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 TINY = (
@@ -25,6 +27,12 @@ TINY = (
     "run.save_every=4",
 )
 """A run of 12 steps in a second or so, after a start of some seconds."""
+
+
+# An interpreter that runs this package's entry point with faults wherever it is asked to run it.
+WITH_FAULTS = f"""#!/usr/bin/env bash
+exec {sys.executable} "${{@/#megatron_bert_tp.pretrain/tests.faults.inject}}"
+"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,77 @@ class Ended:
     def seconds_to_end(self) -> float:
         """From the fault to the end of the launcher."""
         return self.ended - self.fault_times[0]
+
+
+class Running:
+    """A launch that goes on while the test does something to it; its output goes into a file beside its folder."""
+
+    def __init__(self, line: list[str], folder: Path, variables: dict[str, str]) -> None:
+        self._folder, self._began = folder, time.time()
+        self._output = folder.with_name(f"{folder.name}.output")
+        with self._output.open("a") as output:
+            self.process = subprocess.Popen(line, cwd=ROOT, env=variables, stdout=output, stderr=output, text=True)
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def wait_for_step(self, step: int) -> None:
+        """Until that many steps are in metrics.jsonl."""
+        self.wait_for(lambda: num_steps(self._folder) >= step)
+
+    def wait_for_fault(self, text: str) -> None:
+        """Until a fault that begins like this has happened."""
+        self.wait_for(lambda: f"fault: {text}" in self.output)
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.01)
+
+    def send(self, number: signal.Signals) -> float:
+        """Send a signal to the process that was started, which may be a launcher; when (of `time.time`)."""
+        self.process.send_signal(number)
+        return time.time()
+
+    def end(self, seconds: float = 60) -> Ended:
+        """What has come of it once it has ended by itself."""
+        try:
+            code = self.process.wait(seconds)
+        finally:
+            self.process.kill()
+        return Ended(code, self.output, outcome_of(self._folder), self._began, time.time())
+
+
+def start(
+    settings: Path,
+    folder: Path,
+    *overrides: str,
+    fault: str = "",
+    processes: int = 2,
+    options: tuple[str, ...] = (),
+) -> Running:
+    """Start what `launch` runs to the end."""
+    line = command(settings, f"run.directory={folder}", *overrides, processes=processes, options=options)
+    return Running(line, folder, environment(fault))
+
+
+def start_script(settings: Path, folder: Path, *overrides: str, fault: str = "", **variables: str) -> Running:
+    """Start two ranks with launch/torchrun.sh."""
+    python = folder.with_name(f"{folder.name}.python")
+    python.write_text(WITH_FAULTS)
+    python.chmod(0o755)
+    fixed = {"PYTHON": str(python), "NPROC": "2"}
+    line = [str(ROOT / "launch" / "torchrun.sh"), str(settings), f"run.directory={folder}", *TINY, *overrides]
+    return Running(line, folder, {**environment(fault), **fixed, **variables})
+
+
+def num_steps(folder: Path) -> int:
+    """Steps in metrics.jsonl, in which a line may be half written."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().count('"kind": "step"') if path.exists() else 0
 
 
 def command(settings: Path, *overrides: str, processes: int, options: tuple[str, ...] = ()) -> list[str]:
@@ -108,3 +187,10 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
     """Names whose bits are not the same."""
     assert one.keys() == other.keys()
     return [name for name in one if not torch.equal(one[name].view(torch.int32), other[name].view(torch.int32))]
+
+
+def assert_ends_like(folder: Path, truth: Path) -> None:
+    """The same losses in every step and evaluation, and the same bits in every tensor."""
+    for kind in ("step", "evaluation"):
+        assert without_times(records(folder, kind)) == without_times(records(truth, kind))
+    assert differing(tensors_of(folder), tensors_of(truth)) == []

@@ -11,6 +11,7 @@ import transformers
 
 from megatron_bert_tp.config.command_line import run_command
 from megatron_bert_tp.convert import main
+from megatron_bert_tp.errors import ExitCode
 from megatron_bert_tp.formats.arguments import num_bytes
 from tests.checkpoint.layouts import ODD, save
 from tests.formats.conftest import assert_same_bytes, build
@@ -40,8 +41,8 @@ def test_the_newest_checkpoint_of_a_run_is_exported(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("direction", ["to-hf", "from-hf"])
-def test_what_cannot_be_read_is_one_message_and_exit_code_2(tmp_path, capsys, direction):
-    assert convert(direction, tmp_path / "nowhere", tmp_path / "out") == 2
+def test_what_cannot_be_read_is_one_message_and_the_code_of_a_bad_checkpoint(tmp_path, capsys, direction):
+    assert convert(direction, tmp_path / "nowhere", tmp_path / "out") == ExitCode.BAD_CHECKPOINT
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert "nowhere" in message
@@ -140,5 +141,5 @@ def test_a_format_that_another_command_reads_is_told_with_it(saved, tmp_path, ca
         (tmp_path / "ngc" / "release" / "mp_rank_00").mkdir(parents=True)
         (tmp_path / "ngc" / "release" / "mp_rank_00" / "model_optim_rng.pt").touch()
     options = ("--tensor", "1", "--pipeline", "1") if command == "to-ngc" else ()
-    assert convert(command, tmp_path / given, tmp_path / "out", *options) == 2
+    assert convert(command, tmp_path / given, tmp_path / "out", *options) == ExitCode.BAD_CHECKPOINT
     assert f"{tmp_path / given}: {told}" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bert_tp.config.command_line import run_command
+from megatron_bert_tp.errors import ExitCode
 from megatron_bert_tp.predict import main
 from megatron_bert_tp.prediction.arguments import parser
 from tests.prediction.directories import ENTITIES, named, predict
@@ -63,9 +64,9 @@ def test_line_ends_and_a_byte_order_mark_are_no_text(masked, tmp_path, capfdbina
     assert texts == ["a [MASK]", "[MASK] b"]
 
 
-def test_bad_lines_end_with_code_2_and_their_number(masked, tmp_path, capfd):
+def test_bad_lines_end_with_the_code_of_bad_data_and_their_number(masked, tmp_path, capfd):
     given = lines_file(tmp_path, ["a [MASK]", "", "none", "[MASK]"])
-    assert exit_code(masked, "--task", "fill-mask", "--input", given) == 2
+    assert exit_code(masked, "--task", "fill-mask", "--input", given) == ExitCode.BAD_DATA
     told = capfd.readouterr()
     assert ["error" in record for record in records_of(told.out)] == [False, True, True, False]
     assert told.err == (
@@ -94,7 +95,8 @@ def test_no_line_is_no_answer(masked, tmp_path, capfd):
     ],
 )
 def test_wrong_arguments_are_told(masked, capfd, arguments, told):
-    assert exit_code(masked, "--task", *arguments.split()) == 2
+    code = ExitCode.BAD_DATA if "No such file" in told else ExitCode.BAD_SETTINGS
+    assert exit_code(masked, "--task", *arguments.split()) == code
     error = capfd.readouterr().err
     assert told in error
     assert "Traceback" not in error
@@ -108,7 +110,7 @@ def test_a_stride_beyond_the_window_is_told(directory_of, tmp_path, capfd):
 
 
 def test_a_path_without_a_model_is_told(tmp_path, capfd):
-    assert exit_code(tmp_path / "nothing", "--task", "features") == 2
+    assert exit_code(tmp_path / "nothing", "--task", "features") == ExitCode.BAD_CHECKPOINT
     assert str(tmp_path / "nothing") in capfd.readouterr().err
 
 
@@ -131,7 +133,7 @@ def test_a_pipe_gets_each_batch_before_the_next_is_asked(masked):
         process.stdin.write(b"c [MASK]\n")
         process.stdin.close()
         told = process.stderr.read().decode()
-        assert process.wait(60) == 2
+        assert process.wait(60) == ExitCode.BAD_DATA
     assert told == "error: nobody reads the output any more; what was read is whole\n"
 
 
