@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,10 +57,11 @@ class Soak:
         while ranks := self._first_step_of_others(ranks, deadline):
             self.story.starts += 1
             self._wait(self._draws.uniform(*DELAYS))
-            kind, victim, done = self._draws.choice(KINDS), self._draws.choice(ranks), self._steps_done()
-            if not self._is_over() and self._harm(kind, victim):
+            kind, victim = self._draws.choice(KINDS), self._draws.choice(ranks)
+            if not self._is_over():
+                self.story.at_step.append(self._steps_done())
+                self._harm(kind, victim)
                 self.story.faults[kind] = self.story.faults.get(kind, 0) + 1
-                self.story.at_step.append(done)
         self._launcher.wait(60)
         assert self._cat.stdin is not None
         self._cat.stdin.close()
@@ -88,30 +90,27 @@ class Soak:
         while time.monotonic() < end and not self._is_over():
             time.sleep(0.05)
 
-    def _harm(self, kind: str, victim: int) -> bool:
-        """Whether there was anything to harm."""
-        try:
+    def _harm(self, kind: str, victim: int) -> None:
+        with suppress(ProcessLookupError):  # the run has just ended
             if kind == "full":
                 # The victim can write no file of more than 1000 bytes: to it, the disk is full.
                 resource.prlimit(victim, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-                return True
-            if kind == "flip" and not self._flip():
-                return False
+                return
+            if kind == "flip":
+                self._flip()
             os.kill(victim, {"stop": signal.SIGSTOP, "term": signal.SIGTERM}.get(kind, signal.SIGKILL))
-        except (ProcessLookupError, FileNotFoundError):
-            return False
-        return True
 
-    def _flip(self) -> bool:
-        """Flip a bit of the newest checkpoint."""
+    def _flip(self) -> None:
+        """Flip a bit of the newest checkpoint, if there is one yet."""
         files = sorted((self._folder / "checkpoints").glob("step_????????/*.safetensors"))
-        if not files:
-            return False
-        path = self._draws.choice([file for file in files if file.parent == files[-1].parent])
-        content = bytearray(path.read_bytes())
-        content[self._draws.randrange(len(content))] ^= 1 << self._draws.randrange(8)
-        path.write_bytes(content)
-        return True
+        if files:
+            path = self._draws.choice([file for file in files if file.parent == files[-1].parent])
+            place, bit = self._draws.randrange(path.stat().st_size), self._draws.randrange(8)
+            with path.open("r+b") as file:
+                file.seek(place)
+                (byte,) = file.read(1)
+                file.seek(place)
+                file.write(bytes([byte ^ 1 << bit]))
 
     def _ranks(self) -> list[int]:
         try:
