@@ -105,7 +105,8 @@ def cause(ranks: Iterable[Standing], *, finder: int, silent: float, limit: float
     return (
         f"hang: rank {first.row.rank} (process {first.row.process.number}) {how}; its last action, "
         f"{now - action.time:.1f} s ago in step {action.step}: {action.words} (rank {finder} has waited for "
-        f"{silent:.1f} s, its limit is {limit:g} s)"
+        f"{silent:.1f} s, its limit is {limit:g} s; where that is too short, raise run.step_timeout_seconds, or "
+        "run.timeout_seconds for what is not a step)"
     )
 
 

@@ -77,6 +77,8 @@ class Loop:
             trainer.chunks, trainer.updater, steps_done=trainer.steps_done, samples_done=trainer.samples_done
         )
         self._saved_steps = trainer.steps_done
+        if not self._directory.saves_in_background:
+            self._finish_save()
 
     def _finish_save(self) -> None:
         if not self._directory.finish_save():

@@ -87,6 +87,11 @@ class RunDirectory:
             self._reporter.evaluation(record)
 
     @property
+    def saves_in_background(self) -> bool:
+        """Whether a checkpoint that was begun is written while the run goes on."""
+        return self._config.run.save_in_background
+
+    @property
     def is_writing(self) -> bool:
         """Whether a checkpoint is being written on this rank."""
         return self._saver.is_busy
