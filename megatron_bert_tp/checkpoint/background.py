@@ -30,6 +30,8 @@ class Saver:
     def __init__(self, root: Path, agreement: Ranks, *, keep: Keep, in_background: bool) -> None:
         self._root, self._agreement, self._keep = root, agreement, keep
         self._in_background = in_background
+        self.newest: Path | None = None
+        """The last checkpoint that was written; set by the thread that writes."""
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None
         self._error: Exception | None = None
@@ -55,6 +57,11 @@ class Saver:
         self._thread = threading.Thread(target=self._save, args=work, name="checkpoint", daemon=False)
         self._thread.start()
 
+    def wait(self) -> None:
+        """Wait until nothing is being written, whatever came of it."""
+        if self._thread is not None:
+            self._thread.join()
+
     @property
     def is_busy(self) -> bool:
         """Whether this rank's thread still runs."""
@@ -65,8 +72,7 @@ class Saver:
 
         Raises what it failed with: SaveError, the same on all ranks, or a bug with the traceback of the thread.
         """
-        if self._thread is not None:
-            self._thread.join()
+        self.wait()
         saved, error = self._saved, self._error
         self._thread = self._saved = self._error = None
         if error is not None:
@@ -85,7 +91,7 @@ class Saver:
         attachments: Mapping[str, Path],
     ) -> None:
         try:
-            self._saved = save_checkpoint(
+            saved = save_checkpoint(
                 self._root,
                 step,
                 rectangles,
@@ -96,6 +102,8 @@ class Saver:
             )
         except Exception as error:  # of a thread nobody would hear it
             self._error = error
+        else:
+            self._saved, self.newest = saved, saved.path
 
 
 def snapshot(rectangles: Sequence[Rectangle]) -> list[Rectangle]:

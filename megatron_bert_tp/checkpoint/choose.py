@@ -28,14 +28,17 @@ class Choice:
     skipped: tuple[str, ...]
 
 
-def newest_whole(root: Path, agreement: Ranks) -> Choice:
+def newest_whole(
+    root: Path, agreement: Ranks, *, begin: Callable[[str], None] = lambda _name: None
+) -> Choice:
     """The checkpoint of ``root`` with the highest step of which every file fits its SHA-256.
 
     Every rank must call it; they share the reading, and all choose the same.  The pointer does not decide: where
-    it is damaged or names another one, that is told.
+    it is damaged or names another one, that is told.  ``begin`` hears the name of each candidate first.
     """
     skipped = _told_by_first(agreement, lambda: [f"{path}: is not finished" for path in partials(root)])
     for name in _told_by_first(agreement, lambda: [path.name for path in candidates(root)]):
+        begin(name)
         try:
             checkpoint = _verified(root / name, agreement)
             _check_step(checkpoint)

@@ -124,19 +124,18 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def clear_leftovers(root: Path) -> list[str]:
-    """Remove what killed runs left, and tell it; a second save of a step cut between its renames is undone."""
+    """Remove what killed runs left, and tell it; a second save of a step cut between its renames is undone.
+
+    What cannot be removed is told too, and stays.  So does what a second save of its step has replaced, until the
+    next checkpoint stands: it may be the only one that is whole.
+    """
     told = []
     for old in _siblings(root, "replaced"):
         whole = old.with_suffix("")
-        if whole.exists():
-            remove(old)
-            told.append(f"removed {old}: {whole.name} has taken its place")
-        else:
+        if not whole.exists():
             old.rename(whole)
             told.append(f"gave {old} its name {whole.name} back: the save that was to replace it was cut off")
-    for partial in partials(root):
-        shutil.rmtree(partial)
-        told.append(f"removed {partial}, which was not finished")
+    told += [_removal(partial) or f"removed {partial}, which was not finished" for partial in partials(root)]
     fresh_name(root / POINTER).unlink(missing_ok=True)
     return told
 
@@ -145,7 +144,9 @@ def publish(partial: Path, root: Path, step: int) -> Path:
     """Give a written checkpoint its name and point ``latest`` to it; an older one of the same step goes after."""
     whole = step_directory(root, step)
     old = _beside(whole, "replaced")
-    if whole.exists():
+    if whole.exists() and old.exists():
+        remove(whole)  # passed over when the run went on from the old one
+    elif whole.exists():
         whole.rename(old)
     try:
         partial.rename(whole)
@@ -155,19 +156,28 @@ def publish(partial: Path, root: Path, step: int) -> Path:
         raise
     sync(root)
     replace_text(root / POINTER, f"{whole.name}\n")
-    if old.exists():
-        remove(old)
     return whole
 
 
-def purge(root: Path, step: int, keep: Keep) -> list[Path]:
-    """Remove, and give, the checkpoints older than ``step`` of which ``keep.last``, it included, are newer."""
+def purge(root: Path, step: int, keep: Keep) -> tuple[list[Path], list[str]]:
+    """Remove checkpoints older than ``step`` of which ``keep.last``, it included, are newer; and replaced ones.
+
+    Gives what was removed, and in words what could not be: the next purge tries again.
+    """
     older = sorted(number for number in _steps(root) if number < step)
     surplus = older[: max(0, len(older) - keep.last + 1)]
-    removed = [step_directory(root, number) for number in surplus if not keep.forever(number)]
-    for directory in removed:
+    aged = [step_directory(root, number) for number in surplus if not keep.forever(number)]
+    failures = {directory: _removal(directory) for directory in (*_siblings(root, "replaced"), *aged)}
+    return [each for each in aged if failures[each] is None], [text for text in failures.values() if text]
+
+
+def _removal(directory: Path) -> str | None:
+    """Remove a directory; in words why that failed."""
+    try:
         remove(directory)
-    return removed
+    except OSError as error:
+        return f"cannot remove {directory}: {error}; remove it by hand, or leave it to the next save"
+    return None
 
 
 def remove(directory: Path) -> None:

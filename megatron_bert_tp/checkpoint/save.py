@@ -50,7 +50,8 @@ _TOLD_OF_SLICE = 1000  # bytes, generously: its places in the header, the note a
 class Saved:
     """What was written: ``num_bytes`` of tensors of all ranks in ``seconds``.
 
-    ``cleared`` tells what killed runs had left behind, and ``removed`` is what was purged; both on rank 0.
+    ``cleared`` tells what killed runs had left and what could not be removed, ``removed`` is what was purged; both
+    on rank 0.
     """
 
     path: Path
@@ -92,9 +93,11 @@ def save_checkpoint(
 
     def commit() -> None:
         if agreement.rank == 0:
-            removed.extend(
-                commit_checkpoint(partial, step, agreement.size, facts=facts, attachments=attachments, keep=keep)
+            gone, failures = commit_checkpoint(
+                partial, step, agreement.size, facts=facts, attachments=attachments, keep=keep
             )
+            removed.extend(gone)
+            cleared.extend(failures)
 
     try:
         for phase in (prepare, write, commit):
@@ -163,10 +166,10 @@ def commit_checkpoint(
     facts: Mapping[str, JSON],
     attachments: Mapping[str, Path],
     keep: Keep,
-) -> list[Path]:
+) -> tuple[list[Path], list[str]]:
     """Third phase, on rank 0: manifest, check, rename, pointer, and only then the removal of old checkpoints.
 
-    Gives what was removed.
+    Gives what was removed, and in words what could not be.
     """
     root, files = partial.parent, dict[str, FileRecord]()
     try:
@@ -177,15 +180,10 @@ def commit_checkpoint(
         for rank in range(num_ranks):
             (partial / note_name(rank)).unlink()
         sync(partial)
-        whole = publish(partial, root, step)
+        publish(partial, root, step)
     except OSError as error:
         raise SaveError(no_room(partial, sum(row.size for row in files.values()), error)) from error
-    try:
-        return purge(root, step, keep)
-    except OSError as error:
-        raise SaveError(
-            f"{whole}: stands, but an older checkpoint could not be removed ({error}); remove it by hand"
-        ) from error
+    return purge(root, step, keep)
 
 
 def note_name(rank: int) -> str:

@@ -22,6 +22,8 @@ class LaunchEnvironment:
     master_address: str | None = None
     master_port: int | None = None
     is_launched: bool = False
+    restarts: int = 0
+    """How often the launcher, or SLURM, has started all processes anew."""
     has_store: bool = False
     """Whether the launcher keeps the store at which the ranks meet; else the first rank must."""
 
@@ -54,6 +56,8 @@ def environment_from(variables: Mapping[str, str]) -> LaunchEnvironment:
         master_address=variables.get("MASTER_ADDR"),
         master_port=port or None,
         is_launched=True,
+        restarts=_number(variables, "TORCHELASTIC_RESTART_COUNT", default=0)
+        + _number(variables, "SLURM_RESTART_COUNT", default=0),
         has_store=variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 

@@ -1,6 +1,6 @@
 """Processes that make batches leave signals to the trainer: it stops when it has saved, and ends them itself.
 
-torchrun, a terminal and SLURM send SIGINT, SIGTERM and SIGUSR1 to whole process groups.
+torchrun, a terminal and SLURM send SIGINT, SIGTERM, SIGUSR1 and SIGHUP to whole process groups.
 """
 
 import os
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from threading import Thread
 
-_ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def ignore_stop_signals(worker: int = 0) -> None:
     A parent that takes its workers down, which multiprocessing does with SIGTERM, must be obeyed: it waits.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     Thread(target=_obey, args=(os.getppid(),), name=f"signals-{worker}", daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGUSR1))

@@ -146,8 +146,13 @@ class Gradients:
         """Sum of squares of the gradient of every named tensor of the model, float64, on every rank."""
         squares = torch.zeros(len(self._place), dtype=torch.float64, device=self._device)
         for part, gradient in self.own:
-            if part.is_counted_here and gradient.numel():
-                squares[self._place[part.name]] = _square_sum(gradient)
+            if not gradient.numel():
+                continue
+            if part.is_counted_here:
+                squares[self._place[part.name]] += _square_sum(gradient)
+            elif not self._is_tied(part):
+                # Counted elsewhere, but this rank will move by its own copy: nan where that is not finite, else 0.
+                squares[self._place[part.name]] += 0 * _square_sum(gradient)
         mesh = self._reduction.mesh
         for axis in (mesh.tensor, mesh.pipeline, self._reduction.owners):
             sum_over_(squares, axis)
@@ -157,6 +162,9 @@ class Gradients:
         """Scale all gradients so that their norm is at most ``limit``; 0 never clips."""
         if limit and norm > limit:
             self._multiply(limit / norm)
+
+    def _is_tied(self, part: Part) -> bool:
+        return any(slot.part.parameter is part.parameter for bucket in self._of_tied for slot in bucket.slots)
 
     def _multiply(self, factor: float) -> None:
         torch._foreach_mul_([bucket.own for bucket in self.buckets], factor)

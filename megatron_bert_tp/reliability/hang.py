@@ -118,10 +118,10 @@ def announce(board: Board, *, silent: float, limit: float, on_hang: Callable[[st
     _ask_for_stacks(ranks)
     end_silent_peers(board)
     text = cause(ranks, finder=board.rank, silent=silent, limit=limit)
-    with board.speaking():
-        say(f"--- ranks of this host\n{table(ranks)}{text}\n")
     try:
-        on_hang(text)
+        on_hang(text)  # before the table: standard error may be slow to take it
+        with board.speaking():
+            say(f"--- ranks of this host\n{table(ranks)}{text}\n")
     finally:
         # Only now may the others end: a launcher that sees one end sends signals to the rest.
         board.tell_hang()

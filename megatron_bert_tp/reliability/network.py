@@ -4,7 +4,7 @@ import socket
 from collections.abc import Iterable
 from datetime import timedelta
 
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # they are, by the documentation
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # they are, by the documentation
 
 from megatron_bert_tp.config.environment import LaunchEnvironment, set_where_unset
 from megatron_bert_tp.errors import TrainingError
@@ -35,13 +35,19 @@ def loopback_interface(names: Iterable[str]) -> str | None:
     return next((name for name in _INTERFACES if name in known), None)
 
 
-def private_store(environment: LaunchEnvironment, timeout: timedelta) -> Store | None:
-    """The store at which the ranks of one node meet, listening on loopback; None where the launcher has one.
+def meeting_store(environment: LaunchEnvironment, timeout: timedelta) -> Store | None:
+    """The store at which the ranks of this start meet; None where torch finds one by itself.
 
-    torch's own listens on all interfaces, and asks nobody who he is.  The first rank makes it, at the launcher's
-    port; ``timeout`` is that of the others' waiting for it.  Errors: `TrainingError` when the port is taken.
+    A launcher that keeps a store keeps it for all its starts: without names of their own, the ranks of a restart
+    would read the addresses of dead ones.  Else, on one node, the first rank makes a store at the launcher's port
+    that listens on loopback; torch's own listens on all interfaces, and asks nobody who he is.  ``timeout`` is
+    that of waiting for it.  Errors: `TrainingError` when the port is taken.
     """
-    if environment.has_store or environment.world_size == 1 or not is_on_one_node(environment):
+    if environment.has_store and environment.master_address is not None:
+        address, port = environment.master_address, environment.master_port or 0
+        kept = TCPStore(address, port, environment.world_size, is_master=False, timeout=timeout)
+        return PrefixStore(f"start_{environment.restarts}", kept)
+    if environment.world_size == 1 or not is_on_one_node(environment):
         return None
     port = environment.master_port or 0
     if not environment.is_first:

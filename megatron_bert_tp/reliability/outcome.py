@@ -6,6 +6,7 @@ cause: it is made once, by linking, which works once on one host and on many.
 
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from pathlib import Path
 from megatron_bert_tp.errors import ExitCode
 
 NAME = "exit.json"
-_LONGEST = 1 << 16
+_LONGEST, _LONGEST_CAUSE = 1 << 16, 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +56,10 @@ class OutcomeFile:
 
         Where nothing can be written, every process is the first: better told twice than not at all.
         """
-        own = self.path.with_name(f".{NAME}.{socket.gethostname()}.{os.getpid()}")
+        own = self.path.with_name(f".{NAME}.{secrets.token_hex(8)}")
         try:
             own.write_text(_text(outcome), encoding="utf-8")
-            os.link(own, self.path)
+            self._place(own)
         except FileExistsError:
             return False
         except OSError:
@@ -67,6 +68,16 @@ class OutcomeFile:
             with suppress(OSError):
                 own.unlink(missing_ok=True)
         return True
+
+    def _place(self, own: Path) -> None:
+        """Give a file the name that only one can have; FileExistsError where another one has it."""
+        try:
+            os.link(own, self.path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links: here a kill could leave half of it
+            with self.path.open("x", encoding="utf-8") as file:
+                file.write(own.read_text(encoding="utf-8"))
 
     def read(self) -> Outcome | None:
         """How the run ended; None while it has not."""
@@ -78,7 +89,8 @@ class OutcomeFile:
 
 
 def _text(outcome: Outcome) -> str:
-    body = {**asdict(outcome), "code": int(outcome.code), "outcome": outcome.code.name.lower()}
+    cause = outcome.cause if len(outcome.cause) <= _LONGEST_CAUSE else f"{outcome.cause[:_LONGEST_CAUSE]} ..."
+    body = {**asdict(outcome), "cause": cause, "code": int(outcome.code), "outcome": outcome.code.name.lower()}
     return json.dumps({**body, "host": socket.gethostname(), "time": time.time()}, indent=1) + "\n"
 
 

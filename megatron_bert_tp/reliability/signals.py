@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 
 from megatron_bert_tp.errors import ExitCode
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 SAME_SECONDS = 0.5
 """SIGINT and SIGTERM so soon after the first SIGINT are the same wish."""
 FAILING_SECONDS = 0.5
@@ -35,7 +35,7 @@ def _ignore_end(_code: ExitCode, _cause: str) -> None:
 
 
 class StopRequests:
-    """Context manager, for the main thread: SIGTERM, SIGUSR1 and SIGINT become requests to stop.
+    """Context manager, for the main thread: SIGTERM, SIGUSR1, SIGINT and SIGHUP become requests to stop.
 
     A thread of its own notices them, so that they also count while the main thread waits in C.  A second SIGINT
     ends the process at once with code 130.  A SIGTERM ends a run that is failing already with code 7, after

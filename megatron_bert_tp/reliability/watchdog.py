@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from megatron_bert_tp.errors import ExitCode
+from megatron_bert_tp.errors import ExitCode, StoppedError
 from megatron_bert_tp.reliability import hang
 from megatron_bert_tp.reliability.board import Board, Row
 from megatron_bert_tp.reliability.limits import Limits
@@ -61,7 +61,8 @@ class Watchdog:
         self._thread.join()
         if self._shows_stacks:
             faulthandler.unregister(hang.STACKS_SIGNAL)
-        self._board.state = State.ENDED if kind is None else State.FAILING
+        is_in_order = kind is None or issubclass(kind, StoppedError)
+        self._board.state = State.ENDED if is_in_order else State.FAILING
 
     def _watch(self) -> None:
         while not self._is_over.wait(INTERVAL_SECONDS):

@@ -242,7 +242,12 @@ class AnomalyReport:
         kept = f"The weights are those after step {self.step - 1}"
         origin, skipped = self.attribution.origin, self.anomaly.skipped_in_a_row
         if origin is not None and origin.what is What.PARAMETER:
-            return f"{kept} and cannot be used; go on from a checkpoint before that with run.resume="
+            return (
+                f"{kept} and cannot be used. Start again, from the newest checkpoint; or in another "
+                "run.directory, from an older one with run.resume="
+            )
+        if not self.attribution.recurs:
+            return f"{kept}. Start again; where it comes back, leave out the host of this rank"
         key = "spike" if self.anomaly.is_spike else "not_finite"
         many = f", and {skipped} steps in a row were of no use (run.anomalies.most_skips)" if skipped > 1 else ""
         leave_out = "" if many else f", or leave such steps out with run.anomalies.{key}=skip"

@@ -38,6 +38,18 @@ _PATIENCE = 2.0
 """Seconds for which a rank that has lost a peer lets that peer tell its own cause first."""
 
 
+_WAYS_ON = {
+    ExitCode.FINISHED: "nothing is left to do",
+    ExitCode.BUG: "look at the cause; {}",
+    ExitCode.BAD_SETTINGS: "mend the settings; {}",
+    ExitCode.BAD_DATA: "mend the data; {}",
+    ExitCode.BAD_CHECKPOINT: "give another checkpoint",
+    ExitCode.NOT_FINITE: "look at the cause, which would come back; {}",
+    ExitCode.CANNOT_WRITE: "make room, or the folder one that can be written; {}",
+    ExitCode.RANKS_DIFFER: "leave out the hosts that are named; {}",
+}
+
+
 @dataclass
 class Ending:
     """What is known of a run when it ends: where its outcome goes, and how far it is."""
@@ -48,20 +60,21 @@ class Ending:
     checkpoint: Callable[[], str | None] = field(default=lambda: None)
     has_begun: bool = False
     """Whether a failure is being told."""
+    way_on: str = "the same command goes on from there"
     missing_peers: Callable[[], str | None] = field(default=lambda: None)
     """Peers on this host that are gone, in words."""
 
     def outcome(self, code: ExitCode, cause: str, rank: int | None = None) -> Outcome:
         """Outcome of this rank, with where the run stands."""
         checkpoint = self.checkpoint()
-        way_on = "none is kept: start again" if checkpoint is None else "the same command goes on from there"
+        kept = "start again; there is no checkpoint" if checkpoint is None else self.way_on
         return Outcome(
             code=code,
             cause=cause,
             rank=self.environment.rank if rank is None else rank,
             step=self.steps_done(),
             checkpoint=checkpoint,
-            next=way_on,
+            next=_WAYS_ON.get(code, "").format(kept) or kept,
         )
 
     def is_failing(self) -> bool:
@@ -87,6 +100,8 @@ def telling(ending: Ending) -> Iterator[None]:
     """
     try:
         yield
+    except StoppedError:  # told where all ranks stop
+        raise
     except (MegatronBertError, OSError) as error:
         ending.has_begun = True
         raise _told(as_ours(error), ending) from error
@@ -95,7 +110,7 @@ def telling(ending: Ending) -> Iterator[None]:
         if not is_peer_lost(error):
             if ending.claim(ending.outcome(ExitCode.BUG, f"{type(error).__name__}: {error}")):
                 raise
-            _say(f"rank {ending.environment.rank} failed too: {type(error).__name__}: {error}")
+            say_error(f"rank {ending.environment.rank} failed too: {type(error).__name__}: {error}")
             raise SystemExit(ExitCode.BUG) from error
         raise _peer_lost(error, ending) from error
 
@@ -158,20 +173,16 @@ def _told(error: MegatronBertError, ending: Ending) -> MegatronBertError:
     if ending.file is None:
         tell_error(str(error), ending.environment)
     elif ending.claim(outcome):
-        _say(f"{_title(error, rank, ending)}{error}\n{outcome.line()}")
+        speaker = f" on rank {rank}" if ending.environment.world_size > 1 else ""
+        say_error(f"error{speaker}: {error}\n{outcome.line()}")
     error.is_told = True
     return error
 
 
-def _say(text: str) -> None:
+def say_error(text: str) -> None:
+    """Print on standard error, if it takes a word."""
     with suppress(OSError):  # standard error may be a file on the disk that is full
         print(text, file=sys.stderr, flush=True)
-
-
-def _title(error: MegatronBertError, rank: int, ending: Ending) -> str:
-    if isinstance(error, StoppedError):
-        return ""
-    return f"error on rank {rank}: " if ending.environment.world_size > 1 else "error: "
 
 
 def _peer_lost(error: Exception, ending: Ending) -> MegatronBertError:

@@ -24,6 +24,10 @@ class Loop:
         self._trainer, self._directory, self._supervision = trainer, directory, supervision
         self._seconds: deque[float] = deque(maxlen=_RECENT)
         self._saved_steps = trainer.steps_done
+        self._evaluation_seconds = 0.0
+        num_bytes = sum(3 * owned.weight.nbytes for owned in trainer.updater.weights.owned)
+        all_bytes = sum(row[0] for row in supervision.agreement.gathered([num_bytes]))
+        self._first_save = first_save_seconds(int(all_bytes))
 
     def run(self) -> None:
         """Train to the last step; saves and evaluates on the way and at the end.
@@ -43,8 +47,7 @@ class Loop:
             if self._is_evaluated:
                 self._evaluate()
                 self._meet()  # it may have taken long
-        self._supervision.actions.enter(Kind.SAVING, "waits for the last checkpoint")
-        self._directory.finish_save(must_succeed=True)
+        self._save_for_sure()
 
     def _step(self) -> None:
         started = time.perf_counter()
@@ -57,12 +60,13 @@ class Loop:
         """All ranks hear of stop requests and finished checkpoints; StoppedError where one is to stop."""
         trainer, directory, supervision = self._trainer, self._directory, self._supervision
         supervision.actions.enter(Kind.AGREEMENT, f"meets all ranks after step {trainer.steps_done}")
-        save_seconds = directory.save_seconds
-        if save_seconds is None:
-            num_bytes = sum(3 * owned.weight.nbytes for owned in trainer.updater.weights.owned)
-            save_seconds = first_save_seconds(num_bytes)
+        saving = self._first_save if directory.save_seconds is None else directory.save_seconds
+        evaluating = self._evaluation_seconds if self._is_evaluated else 0.0
         reason, is_writing = supervision.stopping.agree(
-            is_writing=directory.is_writing, step_seconds=median(self._seconds), save_seconds=save_seconds
+            is_writing=directory.is_writing,
+            step_seconds=median(self._seconds),
+            save_seconds=saving,
+            more_seconds=evaluating,
         )
         if not is_writing:
             self._finish_save()
@@ -70,24 +74,35 @@ class Loop:
             self._stop(reason)
 
     def _begin_save(self) -> None:
+        self._supervision.actions.enter(Kind.SAVING, "waits for the checkpoint before")
+        self._finish_save()
+        self._write()
+        if not self._directory.saves_in_background:
+            self._finish_save()
+
+    def _write(self) -> None:
         trainer = self._trainer
         self._supervision.actions.enter(Kind.SAVING, f"saves step {trainer.steps_done}")
-        self._finish_save()
         self._directory.begin_save(
             trainer.chunks, trainer.updater, steps_done=trainer.steps_done, samples_done=trainer.samples_done
         )
         self._saved_steps = trainer.steps_done
-        if not self._directory.saves_in_background:
-            self._finish_save()
 
     def _finish_save(self) -> None:
         if not self._directory.finish_save():
             self._saved_steps = -1  # it must be tried again before the run may stop
 
+    def _save_for_sure(self) -> None:
+        """See that there is a checkpoint of this step; SaveError where there cannot be, in any case."""
+        self._supervision.actions.enter(Kind.SAVING, "waits for the checkpoint that is being written")
+        self._finish_save()
+        if self._saved_steps != self._trainer.steps_done:
+            self._supervision.check_before_save(self._trainer)
+            self._write()
+            self._directory.finish_save(must_succeed=True)
+
     def _stop(self, reason: str) -> None:
-        if self._saved_steps < self._trainer.steps_done:
-            self._begin_save()
-        self._directory.finish_save(must_succeed=True)
+        self._save_for_sure()
         raise StoppedError(
             f"stopped after step {self._trainer.steps_done} of {self._trainer.pace.steps} ({reason}); all is "
             f"saved in {self._directory.newest_checkpoint()}, and the same command goes on from there",
@@ -97,12 +112,14 @@ class Loop:
     def _evaluate(self) -> None:
         trainer = self._trainer
         self._supervision.actions.enter(Kind.EVALUATION, f"evaluates after step {trainer.steps_done}")
+        started = time.perf_counter()
         with self._supervision.actions.within(Kind.EVALUATION):
             losses, counts = trainer.evaluate()
         record: Record = {"step": trainer.steps_done, **_loss_fields(losses), "masked": counts.masked}
         if trainer.steps_done == trainer.pace.steps:
             record = {**record, "unigram_loss": trainer.unigram_loss(counts)}
         self._directory.report_evaluation(record)
+        self._evaluation_seconds = time.perf_counter() - started
 
     @property
     def _is_evaluated(self) -> bool:

@@ -1,8 +1,8 @@
 """A pretraining run on one rank, from its start to its end, whatever ends it."""
 
 import os
-import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from megatron_bert_tp.checkpoint.background import Saver
-from megatron_bert_tp.checkpoint.directories import Keep
+from megatron_bert_tp.checkpoint.directories import Keep, candidates
 from megatron_bert_tp.config.duration import seconds_of
 from megatron_bert_tp.config.environment import LaunchEnvironment, slurm_job
 from megatron_bert_tp.config.schema import Config
@@ -30,12 +30,13 @@ from megatron_bert_tp.reliability.signals import StopRequests
 from megatron_bert_tp.reliability.visibility import check_visible
 from megatron_bert_tp.reliability.watchdog import Watchdog
 from megatron_bert_tp.training.build import build_trainer, stage_plans
-from megatron_bert_tp.training.failures import Ending, telling, together
+from megatron_bert_tp.training.failures import Ending, say_error, telling, together
 from megatron_bert_tp.training.loop import Loop
 from megatron_bert_tp.training.passes import Passes
 from megatron_bert_tp.training.processes import (
     build_mesh,
     choose_device,
+    end_with_launcher,
     keep_freed_memory,
     peak_memory,
     process_group,
@@ -45,11 +46,12 @@ from megatron_bert_tp.training.resume import Beginning, beginning
 from megatron_bert_tp.training.run_directory import ANOMALIES, CHECKPOINTS, RunDirectory, keep_settings
 from megatron_bert_tp.training.stopping import TIME_IS_UP, WARNING, Deadline, Stopping
 from megatron_bert_tp.training.supervision import Supervision
-from megatron_bert_tp.training.telling import opening, reading, say_nothing
+from megatron_bert_tp.training.telling import opening, reading
 from megatron_bert_tp.training.texts import open_texts
 from megatron_bert_tp.training.trainer import Trainer
 
 METRICS = "metrics.jsonl"
+_MARGIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -78,33 +80,20 @@ def pretrain(config: Config, environment: LaunchEnvironment) -> None:
     What ends the run early is told and written to `exit.json` before it is raised (`training.failures`).
     StoppedError when it was asked to stop, with all steps saved; with ``run.requeue`` SLURM runs the job again.
     """
-    try:
-        _pretrain(config, environment)
-    except StoppedError as error:
-        # A job that is cancelled gets a SIGTERM, and shall not come back.
-        if config.run.requeue and environment.is_first and error.reason in (TIME_IS_UP, WARNING):
-            _requeue()
-        raise
-
-
-def _requeue() -> None:
-    try:
-        print(requeue(slurm_job()), flush=True)
-    except TrainingError as error:  # all is saved: it is a stop like any other
-        print(f"warning: {error}", file=sys.stderr, flush=True)
-
-
-def _pretrain(config: Config, environment: LaunchEnvironment) -> None:
     began = time.monotonic()
     keep_freed_memory()
     device = choose_device(config.run.device, environment.local_rank)
-    timeout = timedelta(seconds=config.run.timeout_seconds)
+    # Longer than the watchdog waits: it tells more than a message that does not come.
+    timeout = timedelta(seconds=config.run.timeout_seconds + _MARGIN_SECONDS)
     launcher = os.getppid() if environment.is_launched else None
     ending = Ending(environment)
+    end_with_launcher(environment)
     with ExitStack() as stack:
-        stop = stack.enter_context(StopRequests(is_failing=ending.is_failing, on_end=ending.claim_end))
+        # Until the ranks have met, a signal just ends them: there is nothing to save, and they may wait for long.
         stack.enter_context(process_group(environment, device, timeout))
-        held = stack.enter_context(ExitStack())  # outside of `telling`: the lock outlasts what is told
+        stop = stack.enter_context(StopRequests(is_failing=ending.is_failing, on_end=ending.claim_end))
+        # Outside of `telling`, and so after it: the last save is waited for, then the watchdog and the lock go.
+        held = stack.enter_context(ExitStack())
         stack.enter_context(telling(ending))
         agreement = Agreement.of_world(timeout)
         rank = Rank(config, environment, device, timeout, agreement, stop, ending, began)
@@ -112,8 +101,8 @@ def _pretrain(config: Config, environment: LaunchEnvironment) -> None:
         board = board_of_host(
             agreement, local_rank=environment.local_rank, local_world_size=environment.local_world_size
         )
-        watchdog = stack.enter_context(_watchdog(rank, board, launcher))
-        _run(rank, board, watchdog, stack)
+        watchdog = held.enter_context(_watchdog(rank, board, launcher))
+        _run(rank, board, watchdog, held)
 
 
 def _occupy(rank: Rank, held: ExitStack) -> None:
@@ -128,6 +117,10 @@ def _occupy(rank: Rank, held: ExitStack) -> None:
             OutcomeFile(directory).clear()
     check_visible(directory, rank.agreement, what="run.directory")
     rank.ending.file = OutcomeFile(directory)
+    newest = next(iter(candidates(directory / CHECKPOINTS)), None)
+    rank.ending.checkpoint = lambda: None if newest is None else str(newest)
+    if config.run.resume != "auto":
+        rank.ending.way_on = "the same command with run.resume=auto goes on from there"
     if config.run.index_cache is not None:
         cache = Path(config.run.index_cache)
         check_visible(cache, rank.agreement, what="run.index_cache", may_be_read_only=True)
@@ -136,7 +129,7 @@ def _occupy(rank: Rank, held: ExitStack) -> None:
 
 
 def _watchdog(rank: Rank, board: Board, launcher: int | None) -> Watchdog:
-    ending, seconds = rank.ending, rank.timeout.total_seconds()
+    ending, seconds = rank.ending, rank.config.run.timeout_seconds
     ending.missing_peers = board.missing
     return Watchdog(
         board,
@@ -147,7 +140,7 @@ def _watchdog(rank: Rank, board: Board, launcher: int | None) -> Watchdog:
     )
 
 
-def _run(rank: Rank, board: Board, watchdog: Watchdog, stack: ExitStack) -> None:
+def _run(rank: Rank, board: Board, watchdog: Watchdog, held: ExitStack) -> None:
     """Build what trains, train, and tell how it ended."""
     config, environment, agreement = rank.config, rank.environment, rank.agreement
     Actions(board).enter(Kind.STARTING, "meets the other ranks")
@@ -161,9 +154,14 @@ def _run(rank: Rank, board: Board, watchdog: Watchdog, stack: ExitStack) -> None
     )
     actions = Actions(board, _clock(mesh, rank.device), pipeline_ranks=mesh.pipeline.ranks)
     actions.enter(Kind.STARTING, "opens the corpora")
-    texts = open_texts(config, mesh.data, say=print if environment.is_first else say_nothing)
-    actions.enter(Kind.STARTING, "verifies the checkpoint")
-    begin = beginning(config, agreement, texts.fingerprints)
+    texts = open_texts(config, mesh.data, say=_narrator(actions, environment))
+    begin = beginning(
+        config,
+        agreement,
+        texts.fingerprints,
+        is_restart=environment.restarts > 0,
+        say=lambda name: actions.enter(Kind.STARTING, f"verifies {name}"),
+    )
     actions.enter(Kind.STARTING, "builds the model")
     trainer = build_trainer(
         config, mesh, texts, agreement=agreement, device=rank.device, checkpoint=begin.checkpoint, actions=actions
@@ -172,13 +170,28 @@ def _run(rank: Rank, board: Board, watchdog: Watchdog, stack: ExitStack) -> None
     with together(agreement):
         if environment.is_first and not is_finished:
             keep_settings(config)
-    directory = _directory(rank, trainer, begin, stack)
+    directory = _directory(rank, trainer, begin, held=held, actions=actions)
     directory.say(opening(config, environment, trainer, begin, plans=stage_plans(config)))
     begun = trainer.samples_done
-    Loop(trainer, directory, _supervision(rank, actions, watchdog)).run()
+    try:
+        Loop(trainer, directory, _supervision(rank, actions, watchdog)).run()
+    except StoppedError as error:
+        _tell_stop(rank, error)
+        raise
     _tell_end(rank, trainer, directory, begun=begun)
     actions.enter(Kind.ENDING, "waits for the other ranks")
     agreement.wait()
+
+
+def _narrator(actions: Actions, environment: LaunchEnvironment) -> Callable[[str], None]:
+    """What hears of all that takes its time at the start."""
+
+    def say(text: str) -> None:
+        actions.enter(Kind.STARTING, text)
+        if environment.is_first:
+            print(text)
+
+    return say
 
 
 def _clock(mesh: ParallelMesh, device: torch.device) -> Clock:
@@ -189,18 +202,22 @@ def _clock(mesh: ParallelMesh, device: torch.device) -> Clock:
     return HostClock(lambda: sum(axis.waits.seconds for axis in axes))
 
 
-def _directory(rank: Rank, trainer: Trainer, begin: Beginning, stack: ExitStack) -> RunDirectory:
+def _directory(
+    rank: Rank, trainer: Trainer, begin: Beginning, *, held: ExitStack, actions: Actions
+) -> RunDirectory:
     config = rank.config
     is_first = rank.environment.is_first
     if is_first:
         keep_records(rank.directory / ANOMALIES, trainer.steps_done)
-    reporter = stack.enter_context(_reporter(config, trainer.steps_done)) if is_first else None
+    reporter = held.enter_context(_reporter(config, trainer.steps_done)) if is_first else None
     saver = Saver(
         rank.directory / CHECKPOINTS,
         Agreement.of_world(rank.timeout),
         keep=Keep(config.run.keep_last, config.run.keep_every),
         in_background=config.run.save_in_background,
     )
+    held.callback(saver.wait)
+    held.callback(actions.enter, Kind.SAVING, "waits for the checkpoint that is being written")
     directory = RunDirectory(
         config,
         mesh=trainer.mesh,
@@ -227,6 +244,28 @@ def _supervision(rank: Rank, actions: Actions, watchdog: Watchdog) -> Supervisio
         watchdog=watchdog,
         run=run,
     )
+
+
+def _tell_stop(rank: Rank, error: StoppedError) -> None:
+    """Tell it, and put the job back into SLURM's queue where that is wanted, while all ranks are still here.
+
+    A job that is cancelled gets a SIGTERM, and shall not come back.
+    """
+    error.is_told = True
+    if rank.environment.is_first:
+        outcome = rank.ending.outcome(ExitCode.STOPPED, str(error))
+        rank.ending.claim(outcome)
+        say_error(f"{error}\n{outcome.line()}")
+        if rank.config.run.requeue and error.reason in (TIME_IS_UP, WARNING):
+            _requeue()
+    rank.agreement.wait()
+
+
+def _requeue() -> None:
+    try:
+        say_error(requeue(slurm_job()))
+    except TrainingError as error:  # all is saved: it is a stop like any other
+        say_error(f"warning: {error}")
 
 
 def _tell_end(rank: Rank, trainer: Trainer, directory: RunDirectory, *, begun: int) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import resource
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_bert_tp.config.environment import LaunchEnvironment
-from megatron_bert_tp.errors import LayoutError
+from megatron_bert_tp.errors import LayoutError, PeerLostError
 from megatron_bert_tp.parallel.collectives import maximum_over_, sum_over_
 from megatron_bert_tp.parallel.mesh import MeshShape, ParallelMesh
-from megatron_bert_tp.reliability.network import private_store, stay_on_loopback
+from megatron_bert_tp.reliability.network import meeting_store, stay_on_loopback
 
+_PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
@@ -37,7 +39,10 @@ def choose_device(wanted: str, local_rank: int, *, option: str = "run.device") -
 
 @contextmanager
 def process_group(environment: LaunchEnvironment, device: torch.device, timeout: timedelta) -> Iterator[None]:
-    """Join the peers that torchrun started, and leave them at the end; one process needs no group."""
+    """Join the peers that torchrun started, and leave them at the end; one process needs no group.
+
+    PeerLostError where not all of them have come in time.
+    """
     if environment.world_size == 1:
         yield
         return
@@ -45,14 +50,21 @@ def process_group(environment: LaunchEnvironment, device: torch.device, timeout:
     if is_gpu:
         torch.cuda.set_device(device)  # NCCL's grouped sends and receives run on the current device
     stay_on_loopback(environment)
-    dist.init_process_group(
-        "nccl" if is_gpu else "gloo",
-        timeout=timeout,
-        device_id=device if is_gpu else None,
-        store=private_store(environment, timeout),
-        rank=environment.rank,
-        world_size=environment.world_size,
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if is_gpu else "gloo",
+            timeout=timeout,
+            device_id=device if is_gpu else None,
+            store=meeting_store(environment, timeout),
+            rank=environment.rank,
+            world_size=environment.world_size,
+        )
+    except dist.DistError as error:  # what the store and NCCL raise
+        raise PeerLostError(
+            f"rank {environment.rank} did not meet all {environment.world_size} ranks within "
+            f"{timeout.total_seconds():g} s ({str(error).splitlines()[0]:.300}); see what the others say, or "
+            "raise run.timeout_seconds where hosts start slowly"
+        ) from error
     yield
     # After an error the process just ends: NCCL would wait here for messages of peers that wait for this rank.
     dist.destroy_process_group()
@@ -95,10 +107,15 @@ def _meet_neighbours(mesh: ParallelMesh, device: torch.device) -> None:
             dist.recv(number, places.ranks[source], group)
 
 
-def barrier() -> None:
-    """Wait until every rank of the launch is here."""
-    if dist.is_initialized():
-        dist.barrier()
+def end_with_launcher(environment: LaunchEnvironment) -> None:
+    """Have the system send this process a SIGTERM when its launcher ends; Linux only.
+
+    Whoever kills a launcher would else leave ranks behind that wait for each other.
+    """
+    if environment.is_launched and sys.platform.startswith("linux"):
+        prctl = getattr(ctypes.CDLL(None), "prctl", None)
+        if prctl is not None:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def keep_freed_memory() -> bool:

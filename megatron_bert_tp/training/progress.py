@@ -3,8 +3,9 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -35,12 +36,17 @@ class MetricsFile:
 
     def write(self, record: Record) -> None:
         """Append one record."""
-        self._file.write(_line(record))
-        self._file.flush()
+        try:
+            self._file.write(_line(record))
+            self._file.flush()
+        except OSError as error:
+            error.filename = self._file.name
+            raise
 
     def close(self) -> None:
-        """Write what is left."""
-        self._file.close()
+        """Write what is left, if it can be written."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def read_records(path: Path) -> list[dict[str, float | int | str]]:
@@ -75,9 +81,11 @@ def keep_records(path: Path, steps_done: int) -> list[dict[str, float | int | st
     if not path.exists():
         return []
     kept = [record for record in read_records(path) if int(record["step"]) <= steps_done]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(map(_line, kept)), encoding="utf-8")
-    os.replace(partial, path)
+    text = "".join(map(_line, kept))
+    if text != path.read_text(encoding="utf-8"):  # a finished run is looked at, and not changed
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
     return kept
 
 
@@ -109,6 +117,7 @@ class Reporter(AbstractContextManager["Reporter"]):
             console=console,
             disable=not console.is_terminal,
         )
+        self._is_mute = False
         self._task = self._bar.add_task("training", total=steps, completed=steps_done)
 
     def __enter__(self) -> "Reporter":
@@ -122,8 +131,16 @@ class Reporter(AbstractContextManager["Reporter"]):
         self._metrics.close()
 
     def say(self, text: str) -> None:
-        """One line on the console."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """One line on the console; a console that is gone ends no run."""
+        if self._is_mute:
+            return
+        try:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        except (OSError, SystemExit):  # the latter is rich's answer to a closed pipe
+            self._is_mute = True
+            self._bar.disable = True
+            # Or Python complains again of what it could not write, at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def lacks_evaluation(self, steps_done: int) -> bool:
         """Whether metrics.jsonl ends with step ``steps_done`` and has no evaluation of it."""

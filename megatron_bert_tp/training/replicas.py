@@ -132,7 +132,7 @@ def _finding(differing: Sequence[str], sums: Mapping[str, Tensor], agreement: Ag
     ]
     return (
         f"ranks that must hold the same values do not: {'; '.join(verdicts)}. Memory or a device has failed: "
-        "go on without the hosts of these ranks, with run.resume= and a checkpoint from before the last good check"
+        "start again without the hosts of these ranks; what was saved was compared before it was saved"
     )
 
 

@@ -1,10 +1,11 @@
 """Where a run goes on, and what must be as it was."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_bert_tp.checkpoint.choose import newest_whole, verified
-from megatron_bert_tp.checkpoint.directories import candidates, find_checkpoint, latest_checkpoint
+from megatron_bert_tp.checkpoint.directories import candidates, latest_checkpoint
 from megatron_bert_tp.checkpoint.durable import sha256_of
 from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.config.schema import Config
@@ -27,13 +28,21 @@ class Beginning:
     """Settings that decide the loss curve and are not those of the checkpoint."""
 
 
-def beginning(config: Config, agreement: Agreement, fingerprints: list[str]) -> Beginning:
+def beginning(
+    config: Config,
+    agreement: Agreement,
+    fingerprints: list[str],
+    *,
+    is_restart: bool = False,
+    say: Callable[[str], None] = lambda _name: None,
+) -> Beginning:
     """What ``run.resume`` names; every rank must call it.
 
-    CheckpointError where it is damaged or does not fit; ConfigError where settings have changed that decide the
-    loss curve.  ``fingerprints`` are those of the corpora.
+    A launcher or a cluster that starts the same command anew (``is_restart``) goes on from what that has saved.
+    CheckpointError where a checkpoint is damaged or does not fit; ConfigError where settings have changed that
+    decide the loss curve.  ``fingerprints`` are those of the corpora; ``say`` hears what is read.
     """
-    begin = _named(config, agreement)
+    begin = _named(config, agreement, is_restart=is_restart, say=say)
     if begin.checkpoint is None:
         return begin
     with together(agreement):
@@ -59,14 +68,17 @@ def samples_at_the_end(config: Config, *, steps_done: int, samples_done: int) ->
     return batch_size(config.optimizer).samples_after(left, samples_done=samples_done)
 
 
-def _named(config: Config, agreement: Agreement) -> Beginning:
+def _named(
+    config: Config, agreement: Agreement, *, is_restart: bool, say: Callable[[str], None]
+) -> Beginning:
     """The newest whole checkpoint of the folder, none, or the one at the path that ``run.resume`` gives."""
     checkpoints = Path(config.run.directory) / CHECKPOINTS
-    if config.run.resume == "auto":
-        choice = newest_whole(checkpoints, agreement)
-        with together(agreement):
-            is_lost = choice.checkpoint is None and bool(candidates(checkpoints))
-        if is_lost:
+    with together(agreement):
+        found = bool(candidates(checkpoints))
+    has_checkpoints = bool(agreement.maximum([found])[0])
+    if config.run.resume == "auto" or (is_restart and has_checkpoints):
+        choice = newest_whole(checkpoints, agreement, begin=say)
+        if choice.checkpoint is None and has_checkpoints:
             raise CheckpointError(
                 "\n  ".join([f"{checkpoints}: no checkpoint in it is whole:", *choice.skipped])
                 + "\nbring one back from a copy, or choose another run.directory to begin anew"
@@ -81,9 +93,8 @@ def _named(config: Config, agreement: Agreement) -> Beginning:
             )
     if config.run.resume == "never":
         return Beginning(None)
-    with together(agreement):
-        path = find_checkpoint(Path(config.run.resume))
-    return Beginning(verified(path, agreement))
+    say(config.run.resume)
+    return Beginning(verified(Path(config.run.resume), agreement))
 
 
 def _check_tokenizer(checkpoint: Checkpoint, config: Config) -> None:

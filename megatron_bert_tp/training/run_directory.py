@@ -1,9 +1,11 @@
 """The folder of a run: settings, metrics, checkpoints, and how the run ended."""
 
 import json
+import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -11,7 +13,6 @@ from typing import cast
 import torch
 
 from megatron_bert_tp.checkpoint.background import Saver
-from megatron_bert_tp.checkpoint.directories import candidates
 from megatron_bert_tp.checkpoint.durable import JSON, readable
 from megatron_bert_tp.checkpoint.model import MODEL
 from megatron_bert_tp.config.dump import to_dict, write_config
@@ -23,6 +24,7 @@ from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.training.anomalies import AnomalyReport
 from megatron_bert_tp.training.changes import CORPORA, SETTINGS
+from megatron_bert_tp.training.failures import as_ours
 from megatron_bert_tp.training.progress import Record, Reporter
 from megatron_bert_tp.training.state import facts_of, held_rectangles
 from megatron_bert_tp.training.update import Updater
@@ -54,6 +56,7 @@ class RunDirectory:
         self._start = start
         self.save_seconds: float | None = None
         """Time that the latest checkpoint took."""
+        self._lacks_records = False
         self.is_saving = False
         """Whether a checkpoint was begun and not finished."""
 
@@ -65,13 +68,14 @@ class RunDirectory:
     def report_step(self, record: Record) -> None:
         """One optimizer step, on console and in metrics.jsonl."""
         if self._reporter is not None:
-            self._reporter.step(record)
+            with self._despite_full_disk():
+                self._reporter.step(record)
 
     def report_anomaly(self, report: AnomalyReport) -> None:
         """A step with wrong numbers: what is known in anomalies.jsonl, and a line unless the run ends of it."""
         if self._reporter is None:
             return
-        with (self.path / ANOMALIES).open("a", encoding="utf-8") as file:
+        with self._despite_full_disk(), (self.path / ANOMALIES).open("a", encoding="utf-8") as file:
             file.write(json.dumps(report.record(), allow_nan=False) + "\n")
         if not report.stops:
             self.say(report.message)
@@ -84,7 +88,8 @@ class RunDirectory:
     def report_evaluation(self, record: Record) -> None:
         """One evaluation, on console and in metrics.jsonl."""
         if self._reporter is not None:
-            self._reporter.evaluation(record)
+            with self._despite_full_disk():
+                self._reporter.evaluation(record)
 
     @property
     def saves_in_background(self) -> bool:
@@ -130,12 +135,21 @@ class RunDirectory:
         self.say(f"checkpoint {saved.path}: {readable(saved.num_bytes)} in {saved.seconds:.1f} s")
         return True
 
-    def newest_checkpoint(self) -> str | None:
-        """The newest checkpoint of the folder as it is now, else the one that the run goes on from."""
+    @contextmanager
+    def _despite_full_disk(self) -> Iterator[None]:
+        """Context manager around a record: where training goes on without checkpoints, it does without records."""
         try:
-            newest = next(iter(candidates(self.path / CHECKPOINTS)), self._start)
-        except OSError:
-            newest = self._start
+            yield
+        except OSError as error:
+            if self._config.run.save_failure == "stop":
+                raise
+            if not self._lacks_records:
+                self.say(f"{as_ours(error)}; records from here on are missing until they can be written")
+            self._lacks_records = True
+
+    def newest_checkpoint(self) -> str | None:
+        """The newest checkpoint that this run has written, else the one that it goes on from."""
+        newest = self._saver.newest or self._start
         return None if newest is None else str(newest)
 
     def _facts(self, chunks: Chunks, samples: int) -> Mapping[str, JSON]:
@@ -153,7 +167,11 @@ def keep_settings(config: Config) -> None:
     """Write settings and tokenizer into the folder of the run; the first rank does it for all."""
     path = Path(config.run.directory)
     write_config(config, path / "config.yaml")
-    shutil.copyfile(config.data.tokenizer, path / tokenizer_name(config))
+    source, copy = Path(config.data.tokenizer), path / tokenizer_name(config)
+    if not (copy.exists() and source.samefile(copy)):
+        fresh = copy.with_name(f"{copy.name}.new")
+        shutil.copyfile(source, fresh)
+        os.replace(fresh, copy)
 
 
 def tokenizer_name(config: Config) -> str:

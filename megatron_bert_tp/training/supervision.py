@@ -36,6 +36,11 @@ class Supervision:
         self.actions.enter(Kind.AGREEMENT, f"compares parameters after step {trainer.steps_done}")
         check_replicas(trainer.chunks, trainer.updater, trainer.mesh, self.agreement)
 
+    def check_before_save(self, trainer: Trainer) -> None:
+        """As `compare_replicas`, unless the user has switched that off."""
+        if self.run.check_replicas_every:
+            self.compare_replicas(trainer)
+
     def look_after(self, trainer: Trainer, *, is_saved: bool) -> list[str]:
         """What is due after a step; every rank must call it.  Gives a line for each rank that is slow.
 

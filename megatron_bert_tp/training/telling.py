@@ -46,10 +46,6 @@ def reading(source: SampleSource, begun: int, done: int) -> str:
     )
 
 
-def say_nothing(_text: str) -> None:
-    """On all ranks but the first, which says it for them."""
-
-
 def _schedule(parallel: ParallelConfig) -> str:
     """Name or file of the schedule, and the stages of a rank where they are several."""
     name = parallel.schedule if parallel.schedule_file is None else f"schedule of {parallel.schedule_file}"

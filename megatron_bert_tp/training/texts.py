@@ -42,12 +42,17 @@ class Texts:
             for corpus in self.source.corpora
         ]
 
-    def unigram_loss(self, batches: list[Batch]) -> float:
-        """Cross entropy, in nats, of the masked targets of ``batches`` under the training part's frequencies."""
+    def unigram_loss(self, batches: list[Batch], *, advance: Callable[[], None] = lambda: None) -> float:
+        """Cross entropy, in nats, of the masked targets of ``batches`` under the training part's frequencies.
+
+        It reads the whole part; ``advance`` is called now and then.
+        """
         labels = np.concatenate([batch.masked_labels.cpu().numpy() for batch in batches])
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for number, corpus in enumerate(self.source.corpora):
-            counts += unigram_counts(corpus, self.source.documents(number), self.vocab_size)
+            counts += unigram_counts(
+                corpus, self.source.documents(number), self.vocab_size, advance=advance
+            )
         return unigram_cross_entropy(counts, labels[labels != IGNORED])
 
 

@@ -215,6 +215,10 @@ class Trainer:
     def unigram_loss(self, counts: Counts) -> float:
         """What a model of word frequencies alone gets on the same targets, over all data ranks."""
         own = count(self._held_out_batches(), Axis.alone("data"), self.device).masked
-        loss = self.texts.unigram_loss(self._held_out_batches()) if own else 0.0
+
+        def advance() -> None:
+            self._actions.enter(Kind.EVALUATION, "counts the tokens of the training part")
+
+        loss = self.texts.unigram_loss(self._held_out_batches(), advance=advance) if own else 0.0
         total = torch.tensor([loss * own], dtype=torch.float64, device=self.device)
         return sum_over_(total, self.mesh.data).item() / max(1, counts.masked)

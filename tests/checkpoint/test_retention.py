@@ -1,11 +1,13 @@
 """Which checkpoints outlive the next one, and what removing follows."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_bert_tp.checkpoint.choose import newest_whole
 from megatron_bert_tp.checkpoint.directories import Keep, clear_leftovers, purge, step_directory
+from megatron_bert_tp.checkpoint.save import prepare_directory
 from megatron_bert_tp.parallel.agreement import Agreement
 from tests.checkpoint.layouts import TINY, save
 
@@ -29,8 +31,9 @@ def steps(root: Path) -> list[int]:
 def test_the_newest_and_the_multiples_stay(tmp_path, keep, left):
     for step in range(10, 71, 10):
         step_directory(tmp_path, step).mkdir()
-        removed = purge(tmp_path, step, keep)
+        removed, failures = purge(tmp_path, step, keep)
         assert all(not path.exists() for path in removed)
+        assert failures == []
     assert steps(tmp_path) == left
 
 
@@ -80,8 +83,37 @@ def test_what_is_cleared_is_told(tmp_path):
     assert clear_leftovers(tmp_path) == [
         f"gave {tmp_path}/step_00000001.replaced its name step_00000001 back: "
         "the save that was to replace it was cut off",
-        f"removed {tmp_path}/step_00000002.replaced: step_00000002 has taken its place",
         f"removed {tmp_path}/step_00000003.partial, which was not finished",
         f"removed {tmp_path}/step_00000003.partial-0123abcd, which was not finished",
     ]
     assert steps(tmp_path) == [1, 2]
+    assert (tmp_path / "step_00000002.replaced").exists(), "it may be the only one that is whole"
+    save(tmp_path, TINY, 3)
+    assert not (tmp_path / "step_00000002.replaced").exists()
+
+
+def test_the_replaced_one_outlives_a_save_that_fails_where_it_is_the_only_whole_one(tmp_path):
+    save(tmp_path, TINY, 2)
+    shutil.copytree(tmp_path / "step_00000002", tmp_path / "step_00000002.replaced")
+    (tmp_path / "step_00000002" / "manifest.json").write_text("")
+    prepare_directory(tmp_path / "step_00000003.partial-0123abcd")  # and then a kill
+    choice = newest_whole(tmp_path, Agreement.alone())
+    assert choice.checkpoint is not None
+    assert choice.checkpoint.directory.name == "step_00000002.replaced"
+
+
+def test_a_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path, monkeypatch):
+    """As where a network file system keeps a file that someone else has open."""
+    save(tmp_path, TINY, 1)
+    save(tmp_path, TINY, 2)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    removed, (failure,) = purge(tmp_path, 2, Keep(last=1))
+    assert removed == []
+    assert failure.startswith(f"cannot remove {tmp_path}/step_00000001: [Errno 16] Device or resource busy; ")
+    assert steps(tmp_path) == [2], "no half checkpoint has a good name"
+    (again,) = clear_leftovers(tmp_path)
+    assert again.startswith(f"cannot remove {tmp_path}/step_00000001.partial-")
+
+
+def refuse(*_arguments: object, **_options: object) -> None:
+    raise OSError(16, "Device or resource busy")

@@ -254,7 +254,7 @@ def test_a_rank_whose_files_rank_0_does_not_see_is_named(tmp_path):
 
 def test_other_ranks_do_not_look_at_what_rank_0_renames(tmp_path, monkeypatch):
     """On a network file system they may see the old names for a while."""
-    monkeypatch.setattr(saving, "commit_checkpoint", lambda *_arguments, **_options: [])
+    monkeypatch.setattr(saving, "commit_checkpoint", lambda *_arguments, **_options: ([], []))
     assert saved_by_ranks(tmp_path, [held(stage) for stage in stages(TINY, tensor=2)]) == [None, None]
 
 

@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -92,26 +92,7 @@ class Fault:
         self.happened += 1
         place = f"process {os.getpid()}, rank {os.environ.get('RANK', 0)}"
         print(f"fault: {self.kind} in {place}, at {time.time():.3f}", file=sys.stderr, flush=True)
-        if self.kind in SIGNALS:
-            os.kill(os.getpid(), SIGNALS[self.kind])
-        elif self.kind == "killall":
-            kill_launch()
-        elif self.kind == "clock":
-            shift_clock(self.amount)
-        elif self.kind == "slow":
-            time.sleep(self.amount)
-        elif self.kind == "hang":
-            time.sleep(10_000)
-        elif self.kind == "raise":
-            raise ValueError("a fault in the hook of a user")
-        elif self.kind == "oom":
-            torch.empty(1 << 50)
-        elif self.kind == "exit0":
-            os._exit(0)
-        elif self.kind == "fail":
-            raise RuntimeError("a fault in the thread that saves")
-        elif self.kind == "file":
-            limit_files(int(self.amount))
+        EFFECTS.get(self.kind, do_nothing)(self.amount)
 
     def pass_by(self, step: int) -> None:
         """Take back what lasts until a step that is over."""
@@ -120,12 +101,12 @@ class Fault:
             limit_files(resource.RLIM_INFINITY)
 
 
-def limit_files(num_bytes: int) -> None:
+def limit_files(num_bytes: float) -> None:
     # Python ignores the signal that would come along with the error.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(num_bytes), resource.RLIM_INFINITY))
 
 
-def kill_launch() -> None:
+def kill_launch(_: float) -> None:
     """The launcher first, so that it starts nothing anew; this process last."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = os.getppid()
@@ -139,6 +120,32 @@ def kill_launch() -> None:
 def shift_clock(seconds: float) -> None:
     true_time = time.time
     time.time = lambda: true_time() + seconds
+
+
+def hang(_: float) -> None:
+    time.sleep(10_000)
+
+
+def fail(_: float, error: Exception) -> None:
+    raise error
+
+
+def do_nothing(_: float) -> None:
+    """A number is spoiled elsewhere."""
+
+
+EFFECTS: dict[str, Callable[[float], object]] = {
+    **{kind: lambda _, number=number: os.kill(os.getpid(), number) for kind, number in SIGNALS.items()},
+    "killall": kill_launch,
+    "slow": time.sleep,
+    "clock": shift_clock,
+    "hang": hang,
+    "raise": partial(fail, error=ValueError("a fault in the hook of a user")),
+    "oom": lambda _: torch.empty(1 << 50),
+    "exit0": lambda _: os._exit(0),
+    "fail": partial(fail, error=RuntimeError("a fault in the thread that saves")),
+    "file": limit_files,
+}
 
 
 class Faults:
@@ -232,7 +239,7 @@ def _spoil_numbers(faults: Faults) -> None:
     @wraps(step)
     def flipped(trainer: Trainer) -> Any:
         report = step(trainer)
-        if faults.spoiled("optimizer") == "flip":
+        if faults.spoiled("after") == "flip":
             # Whole on every rank that holds the first stage.
             named = trainer.chunks[0].named_parameters()
             name, parameter = next(pair for pair in named if "position_embeddings" in pair[0])

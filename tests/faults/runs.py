@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_bert_tp.checkpoint.read import Checkpoint
@@ -68,7 +70,9 @@ class Running:
         self._folder, self._began = folder, time.time()
         self._output = folder.with_name(f"{folder.name}.output")
         with self._output.open("a") as output:
-            self.process = subprocess.Popen(line, cwd=ROOT, env=variables, stdout=output, stderr=output, text=True)
+            self.process = subprocess.Popen(
+                line, cwd=ROOT, env=variables, stdout=output, stderr=output, preexec_fn=_hear_interruptions
+            )
 
     @property
     def output(self) -> str:
@@ -85,8 +89,9 @@ class Running:
     def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            assert self.process.poll() is None, self.output
-            assert time.monotonic() < deadline, self.output
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                pytest.fail(f"in vain: {self.output}")
             time.sleep(0.01)
 
     def send(self, number: signal.Signals) -> float:
@@ -98,9 +103,32 @@ class Running:
         """What has come of it once it has ended by itself."""
         try:
             code = self.process.wait(seconds)
-        finally:
-            self.process.kill()
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail(f"still runs: {self.output}")
         return Ended(code, self.output, outcome_of(self._folder), self._began, time.time())
+
+    def kill(self) -> None:
+        """The process and all that it has started."""
+        if self.process.poll() is not None:
+            return
+        for process in _family(self.process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self.process.wait()
+
+
+def _hear_interruptions() -> None:
+    # What a shell starts in the background ignores SIGINT, and no script that it starts can trap it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _family(process: int) -> list[int]:
+    found = [process]
+    for children in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):
+            found += [each for child in children.read_text().split() for each in _family(int(child))]
+    return found
 
 
 def start(
@@ -122,7 +150,7 @@ def start_script(settings: Path, folder: Path, *overrides: str, fault: str = "",
     python.write_text(WITH_FAULTS)
     python.chmod(0o755)
     fixed = {"PYTHON": str(python), "NPROC": "2"}
-    line = [str(ROOT / "launch" / "torchrun.sh"), str(settings), f"run.directory={folder}", *TINY, *overrides]
+    line = [str(ROOT / "launch" / "torchrun.sh"), str(settings), *tiny((f"run.directory={folder}", *overrides))]
     return Running(line, folder, {**environment(fault), **fixed, **variables})
 
 
@@ -135,7 +163,13 @@ def num_steps(folder: Path) -> int:
 def command(settings: Path, *overrides: str, processes: int, options: tuple[str, ...] = ()) -> list[str]:
     """Line that launches so many ranks; one rank needs no launcher."""
     torchrun = ["torch.distributed.run", f"--nproc_per_node={processes}", *options, "-m"] if processes > 1 else []
-    return [sys.executable, "-m", *torchrun, "tests.faults.inject", str(settings), *TINY, *overrides]
+    return [sys.executable, "-m", *torchrun, "tests.faults.inject", str(settings), *tiny(overrides)]
+
+
+def tiny(overrides: tuple[str, ...]) -> list[str]:
+    """These, and those of `TINY` that none of them takes the place of: none may be given twice."""
+    given = {override.partition("=")[0] for override in overrides}
+    return [*(each for each in TINY if each.partition("=")[0] not in given), *overrides]
 
 
 def environment(fault: str) -> dict[str, str]:

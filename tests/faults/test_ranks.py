@@ -169,7 +169,7 @@ def test_a_step_that_is_not_finite_is_skipped_where_that_is_asked_for(data, tmp_
 def test_a_flipped_bit_of_a_replica_is_found_at_the_next_check(data, tmp_path, layout):
     """Row 14: of two that differ, neither can be outvoted, so both are named."""
     given = (*LAYOUTS[layout], "run.check_replicas_every=4")
-    ended = launch(data, tmp_path / "run", *given, fault="flip@step:6,rank:1,at:optimizer")
+    ended = launch(data, tmp_path / "run", *given, fault="flip@step:6,rank:1,at:after")
     assert ended.outcome["code"] == ExitCode.RANKS_DIFFER
     assert ended.outcome["step"] == 8
     (name,) = re.findall(r"fault: flipped a bit of (\S+)", ended.output)

@@ -5,17 +5,19 @@ import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.errors import TrainingError
 from megatron_bert_tp.reliability.network import (
     is_on_one_node,
     loopback_interface,
-    private_store,
+    meeting_store,
     stay_on_loopback,
 )
 from tests.reliability.sockets import listening, listens_beyond_loopback
@@ -124,14 +126,26 @@ def test_several_nodes_are_not_one():
 
 
 @pytest.mark.parametrize(
-    "values", [{"has_store": True}, {"world_size": 4}, {"world_size": 1, "local_world_size": 1}]
+    "values", [{"world_size": 4}, {"world_size": 1, "local_world_size": 1}]
 )
-def test_the_launchers_store_and_those_of_several_nodes_are_left_to_it(values):
-    assert private_store(place(master_port=1, **values), timedelta(seconds=1)) is None
+def test_the_store_of_several_nodes_is_left_to_torch(values):
+    assert meeting_store(place(master_port=1, **values), timedelta(seconds=1)) is None
+
+
+def test_the_launchers_store_has_names_of_their_own_for_each_start():
+    """Else the ranks of a restart would find the addresses of dead ones."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    at = {"has_store": True, "master_address": "127.0.0.1", "master_port": server.port}
+    first, again = (
+        meeting_store(replace(place(**at), restarts=restarts), timedelta(seconds=5)) for restarts in (0, 1)
+    )
+    first.set("address", "of the dead")
+    assert not again.check(["address"])
+    assert first.check(["address"])
 
 
 def test_a_port_that_is_taken_is_one_message():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(TrainingError, match=f"port {port} of 127.0.0.1 is taken .*start again"):
-            private_store(place(master_port=port), timedelta(seconds=1))
+            meeting_store(place(master_port=port), timedelta(seconds=1))

@@ -201,4 +201,4 @@ def test_a_weight_that_is_not_finite_ends_the_run_though_such_steps_are_to_be_sk
     given = (data, replace(RECIPE, num_steps=3), Layout(), spoil, "run.anomalies.not_finite=skip")
     (outcome,) = ranks.run(1, train_spoilt, *given)
     assert (outcome.error_kind, outcome.num_steps) == ("NotFiniteError", 1)
-    assert "and cannot be used; go on from a checkpoint before that with run.resume=" in outcome.error
+    assert "and cannot be used. Start again, from the newest checkpoint" in outcome.error
