@@ -41,10 +41,12 @@ class Limits:
     def excuses(self, peer: Action, own: Action, *, now: float) -> bool:
         """Whether ``own`` may be waiting for what ``peer`` does, which may take long and has not taken too long.
 
-        A peer that is ahead excuses nobody: it waits itself.
+        A peer that is ahead excuses nobody: it waits itself.  Nor does one that does the same as this rank, which
+        has that time anyway.
         """
         is_in_time = now - peer.time <= self.of(peer.kind)
-        return peer.kind in _LONG and is_in_time and _position(peer) <= _position(own)
+        is_behind = _position(peer) <= _position(own) and peer.kind is not own.kind
+        return peer.kind in _LONG and is_in_time and is_behind
 
 
 def _position(action: Action) -> tuple[int, int]:

@@ -141,9 +141,9 @@ def command(settings: Path, folder: Path, steps: int, *options: str) -> list[str
         "run.keep_last=3",
         "run.evaluation_samples=0",
         "run.step_timeout_seconds=10",
-        "model.num_hidden_layers=8",
-        "model.hidden_size=128",
-        "model.intermediate_size=512",
+        "model.num_hidden_layers=4",
+        "model.hidden_size=64",
+        "model.intermediate_size=256",
         "optimizer.global_batch=32",
     )
     return [*torchrun, "-m", "megatron_bert_tp.pretrain", str(settings), *overrides]
