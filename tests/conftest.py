@@ -1,5 +1,6 @@
 import re
 import signal
+import zlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -11,28 +12,33 @@ from xdist.scheduler import LoadScopeScheduling
 from tests.pool import RankPool
 from tests.training.runs import make_data, pretrain, succeeded
 
-# Files whose tests share a costly fixture run on one worker of pytest-xdist: otherwise each worker makes its own.
-# Two groups, so that two workers share the load. (`--dist loadgroup` of xdist 3.8 groups nothing in pytest 9.2.)
-GROUPS = ("finished_run", "ranks")
+# Files whose tests share a costly fixture run on few workers of pytest-xdist: otherwise each worker makes its own.
+# Two groups of the one that most files want, so that two workers share the load.  (`--dist loadgroup` of xdist 3.8
+# groups nothing in pytest 9.2.)
+GROUPS = {"finished_run": 1, "ranks": 2}
 
 
 class ByFixture(LoadScopeScheduling):
-    """Sends all files that name a fixture of `GROUPS` to the same worker, and any other test to any worker."""
+    """Sends all files of a group to the same worker, and any other test to any worker."""
 
     def _split_scope(self, nodeid: str) -> str:
         return _group_of(nodeid.partition("::")[0]) or nodeid
 
 
 def pytest_configure() -> None:
-    """What a shell starts in the background ignores SIGINT, and so would all that the tests start."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """What a shell starts in the background ignores these signals, and so would all that the tests start."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @cache
 def _group_of(path: str) -> str | None:
-    words = set(re.findall(r"\w+", (Path(__file__).parents[1] / path).read_text(encoding="utf-8")))
-    return next((fixture for fixture in GROUPS if fixture in words), None)
+    text = (Path(__file__).parents[1] / path).read_text(encoding="utf-8")
+    for fixture, number in GROUPS.items():
+        if re.search(rf"def \w+\([^)]*\b{fixture}\b", text):  # as an argument, and not as a word
+            return f"{fixture}-{zlib.crc32(path.encode()) % number}"
+    return None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -63,12 +63,12 @@ class _AxisOfOne(Axis):
 def sent(x: Tensor, axis: Axis) -> dict[str, Tensor]:
     """What every collective gives for ``x`` ``[rows, features]``; over one rank that is ``x``."""
     summing = x.clone()
-    collectives.finish(collectives.start_sum_over_(summing, axis))
+    collectives.finish(collectives.start_sum_over_(summing, axis), axis)
     share, whole = torch.zeros_like(x), torch.zeros_like(x)
-    collectives.finish(collectives.start_reduce_scatter(share, x.clone(), axis))
-    collectives.finish(collectives.start_all_gather(whole, x.clone(), axis))
+    collectives.finish(collectives.start_reduce_scatter(share, x.clone(), axis), axis)
+    collectives.finish(collectives.start_all_gather(whole, x.clone(), axis), axis)
     gathered, work = collectives.start_gather_rows(x, axis)
-    collectives.finish(work)
+    collectives.finish(work, axis)
     return {
         "sum_over_": collectives.sum_over_(x.clone(), axis),
         "start_sum_over_": summing,

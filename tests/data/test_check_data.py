@@ -204,13 +204,13 @@ def test_all_corpora_are_checked_and_each_problem_is_told(tmp_path, capsys, voca
     assert found == [("special", 2), ("missing", 1), ("good", 0), ("cut", 1)]
 
 
-def test_command_line_has_the_exit_codes_0_1_and_2(tmp_path):
+def test_command_line_has_the_exit_codes_0_to_3(tmp_path):
     write_files(tmp_path / "good", CORPUS)
     command = [sys.executable, "-m", "megatron_bert_tp.check_data"]
     for arguments, code, told in (
         (["good"], 0, ""),
         (["good", "bad"], 1, "error: bad.bin: no such file"),
-        (["good", "--tokenizer", "none.txt"], 2, "error: none.txt: no such file"),
+        (["good", "--tokenizer", "none.txt"], 3, "error: none.txt: no such file"),
         ([], 2, "PREFIX"),
         (["--help"], 0, ""),
     ):

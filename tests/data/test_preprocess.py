@@ -80,10 +80,10 @@ def test_trained_vocabulary_makes_a_corpus_without_unknown_tokens(tmp_path, caps
         ("bad.jsonl", b"{", "line 1: not JSON"),
     ],
 )
-def test_unusable_input_is_one_message_and_exit_2(tmp_path, vocabulary_file, capsys, name, content, told):
+def test_unusable_input_is_one_message_and_exit_3(tmp_path, vocabulary_file, capsys, name, content, told):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    assert run(tmp_path / name, "--tokenizer", vocabulary_file, "--output", tmp_path / "out") == 2
+    assert run(tmp_path / name, "--tokenizer", vocabulary_file, "--output", tmp_path / "out") == 3
     message = capsys.readouterr().err
     assert told in message
     assert "Traceback" not in message
@@ -92,7 +92,7 @@ def test_unusable_input_is_one_message_and_exit_2(tmp_path, vocabulary_file, cap
 
 def told_by(capsys, *arguments) -> str:
     """Message of a command that must fail, without a traceback."""
-    assert run(*arguments) == 2
+    assert run(*arguments) == 3
     message = capsys.readouterr().err
     assert "Traceback" not in message
     return message

@@ -64,7 +64,8 @@ def test_a_killed_rank_ends_the_run_which_goes_on_as_if_nothing_had_been(
 ):
     """Row 1.  Step 7 of 12, saved every 4: one step was saved less than four steps before."""
     folder = tmp_path / "run"
-    ended = launch(data, folder, *LAYOUTS[layout], fault=f"kill9@step:7,rank:{rank},at:{at}")
+    fault = f"kill9@step:7,rank:{rank},at:{at}"
+    ended = launch(data, folder, *LAYOUTS[layout], "run.save_in_background=false", fault=fault)
     assert ended.code != 0
     assert ended.outcome["code"] == ExitCode.PEER_LOST
     assert re.fullmatch(rf"rank {rank} \(process \d+\) is gone.*", ended.outcome["cause"])

@@ -1,4 +1,4 @@
-"""`convert inspect` says what any file is; exit code 0 when it is whole, 2 with the problem when it is not."""
+"""`convert inspect` says what any file is; exit code 0 when it is whole, 4 with the problem when it is not."""
 
 import zipfile
 from pathlib import Path
@@ -31,7 +31,7 @@ def refused(capsys):
     """Function that inspects a path that is not whole, and returns what was told before, and the problem."""
 
     def inspect(path: Path) -> tuple[dict[str, str], str]:
-        assert convert("inspect", path) == 2
+        assert convert("inspect", path) == 4
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
         return told(captured.out), captured.err

@@ -64,8 +64,9 @@ def listen(settings: Path, case: Case) -> Heard:
         groups.append(tuple(ranks))
         return group
 
-    recorder = Recorder(names)
     agreement = Agreement.of_world(TIMEOUT)
+    names[id(agreement._group)] = "world"
+    recorder = Recorder(names)
     with patch.object(dist, "new_group", numbered), recorder.listening():
         config = configure(settings, case.recipe, case.layout, *case.overrides)
         mesh = build_mesh(
