@@ -29,6 +29,7 @@ def steps_of(folder: Path) -> list[int]:
     return [int(path.name.removeprefix("step_")) for path in candidates(folder / "checkpoints")]
 
 
+@pytest.mark.faults
 def test_all_processes_killed_before_the_checkpoint_has_its_name_go_on_from_the_one_before(data, tmp_path, whole):
     """Row 3: launcher and ranks, as where the power fails."""
     folder = tmp_path / "run"

@@ -168,6 +168,7 @@ def test_without_arguments_the_usage_is_told(tmp_path):
     assert launch.finish() == (2, "usage: [NPROC=N] launch/torchrun.sh CONFIG.yaml [section.key=value ...]\n")
 
 
+@pytest.mark.faults
 def test_a_run_that_is_stopped_saves_exits_with_75_and_goes_on_to_its_end(data, tmp_path):
     """The entry point itself, with no stand-in."""
     run = tmp_path / "run"
