@@ -166,10 +166,10 @@ def test_a_step_that_is_not_finite_is_skipped_where_that_is_asked_for(data, tmp_
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("layout", ["tensor", "data"])
+@pytest.mark.parametrize("layout", [LAYOUTS["tensor"], ()], ids=["tensor", "data"])
 def test_a_flipped_bit_of_a_replica_is_found_at_the_next_check(data, tmp_path, layout):
     """Row 14: of two that differ, neither can be outvoted, so both are named."""
-    given = (*LAYOUTS[layout], "run.check_replicas_every=4")
+    given = (*layout, "run.check_replicas_every=4")
     ended = launch(data, tmp_path / "run", *given, fault="flip@step:6,rank:1,at:after")
     assert ended.outcome["code"] == ExitCode.RANKS_DIFFER
     assert ended.outcome["step"] == 8
