@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import resource
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron_bert_tp.checkpoint.tensor_file import Content
 from megatron_bert_tp.errors import ExitCode, SaveError
 from megatron_bert_tp.parallel.agreement import Agreement
 from tests.checkpoint.layouts import OneOfThreads, in_threads
+from tests.small_disk import mounted
 
 MEGABYTE = 10**6
 ALONE = Agreement.alone()
@@ -39,17 +39,8 @@ def largest_file(num_bytes: int) -> Iterator[None]:
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
     """A file system of 8 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("no mount command")
-    if mounted.returncode:
-        pytest.skip(f"no file system may be mounted: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with mounted(tmp_path, size="8m") as disk:
+        yield disk
 
 
 def rows(num_bytes: int) -> list[Rectangle]:

@@ -1,7 +1,6 @@
 """Saves that are cut off, find no room or fail in their thread (rows 3, 6 and 18)."""
 
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from megatron_bert_tp.checkpoint.directories import candidates, partials, pointed
 from megatron_bert_tp.errors import ExitCode
 from tests.faults.runs import Ended, assert_ends_like, launch, tensors_of
+from tests.small_disk import mounted
 from tests.training.runs import records
 
 DATA, TENSOR, PIPELINE = "parallel.shard_optimizer=true", "parallel.tensor=2", "parallel.pipeline=2"
@@ -122,17 +122,8 @@ def test_a_run_whose_last_save_fails_has_not_finished(data, tmp_path, whole):
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
     """A file system with room for one checkpoint of 90 kB, of which up to 370 kB are asked for before."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    line = ["mount", "-t", "tmpfs", "-o", "size=420k", "tmpfs", str(disk)]
-    try:
-        mounted = subprocess.run(line, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("no mount command")
-    if mounted.returncode:
-        pytest.skip(f"no file system may be mounted: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with mounted(tmp_path, size="420k") as disk:
+        yield disk
 
 
 @pytest.mark.faults

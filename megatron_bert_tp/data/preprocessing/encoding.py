@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bert_tp.config.environment import set_where_unset
 from megatron_bert_tp.data.preprocessing.documents import InputCounts
 from megatron_bert_tp.data.preprocessing.pieces import Piece, Place
 from megatron_bert_tp.data.preprocessing.sentences import split_sentences
@@ -117,7 +118,7 @@ def _texts(chunk: Chunk) -> list[tuple[str, bool]]:
 
 def _start_worker() -> None:
     """One thread for each worker, and no worker outlives the parent."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    set_where_unset({"TOKENIZERS_PARALLELISM": "false"})
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
