@@ -38,6 +38,7 @@ from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.parallel.mesh import Axis
 from megatron_bert_tp.parallel.sharding import Part
 from megatron_bert_tp.pipeline.partition import partition
+from megatron_bert_tp.training.processes import keep_freed_memory
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SAVED_AT = (2, 2)
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of saving, and of loading (default 5)")
     parser.add_argument("--json", type=Path, help="write the result here")
     given = parser.parse_args()
+    keep_freed_memory()  # as every run does
     shape = ModelShape(30522, 1024, given.layers, 16, 4096, 512, 2)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         saving = measure_saving(Path(folder), shape, given.rounds)
