@@ -44,7 +44,8 @@ from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.parallel.mesh import MeshShape, ParallelMesh
 from megatron_bert_tp.parallel.weight_gradients import WeightGradients, Work
 from megatron_bert_tp.pipeline.schedule import orders_of, placement_of
-from megatron_bert_tp.training.build import build_trainer, model_shape, stage_plans
+from megatron_bert_tp.training.build import build_pretrainer
+from megatron_bert_tp.training.recipe import model_shape, stage_plans
 from megatron_bert_tp.training.trainer import Trainer
 
 SAMPLES, SEQUENCE, MASKED, MICROBATCHES = 2, 256, 128, 4
@@ -217,7 +218,7 @@ def trainer_of(config: Config, mesh: ParallelMesh) -> Trainer:
     """The trainer of `pretrain`, over made-up text."""
     texts: Any = _Sources(MadeTexts(config))
     agreement = Agreement.of_world(timedelta(seconds=120))
-    return build_trainer(config, mesh, texts, agreement=agreement, device=torch.device("cpu"))
+    return build_pretrainer(config, mesh, texts, agreement=agreement, device=torch.device("cpu"))
 
 
 @dataclass(frozen=True)

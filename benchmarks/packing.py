@@ -29,7 +29,7 @@ from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.data.preprocessing.preprocess import preprocess
 from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
-from megatron_bert_tp.training.build import build_trainer
+from megatron_bert_tp.training.build import build_pretrainer
 from megatron_bert_tp.training.processes import keep_freed_memory
 from megatron_bert_tp.training.texts import Texts, open_texts
 from megatron_bert_tp.training.trainer import Trainer
@@ -140,7 +140,7 @@ def alternate(
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Tokens per second of each way, round by round; and the share of all time that was spent waiting for data."""
     trainers: dict[str, Trainer] = {
-        way: build_trainer(
+        way: build_pretrainer(
             config, ParallelMesh.alone(), texts[way], agreement=Agreement.alone(), device=torch.device("cpu")
         )
         for way, config in configs.items()

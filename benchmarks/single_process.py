@@ -35,8 +35,9 @@ from megatron_bert_tp.optim.roles import is_decayed
 from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.parallel.cross_entropy import IGNORED
 from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
-from megatron_bert_tp.training.build import build_trainer, model_shape
+from megatron_bert_tp.training.build import build_pretrainer
 from megatron_bert_tp.training.processes import keep_freed_memory
+from megatron_bert_tp.training.recipe import model_shape
 from megatron_bert_tp.training.texts import open_texts
 
 THREADS, WARMUP = 2, 2
@@ -137,7 +138,7 @@ def package_step(config: Config) -> Step:
     """A step of this package's own trainer."""
     texts = open_texts(config, Axis.alone("data"), say=print)
     cpu = torch.device("cpu")
-    trainer = build_trainer(config, ParallelMesh.alone(), texts, agreement=Agreement.alone(), device=cpu)
+    trainer = build_pretrainer(config, ParallelMesh.alone(), texts, agreement=Agreement.alone(), device=cpu)
 
     def step(_number: int) -> tuple[float, int]:
         report = trainer.train_step()

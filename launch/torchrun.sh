@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Pretraining on the GPUs (or cores) of one machine:
+# Pretraining, or fine-tuning, on the GPUs (or cores) of one machine:
 #   launch/torchrun.sh configs/345m.yaml [section.key=value ...]
+#   MODULE=finetune launch/torchrun.sh configs/finetune/sst-2.yaml [section.key=value ...]
 # NPROC sets the number of processes: by default one a GPU, or one a core without GPUs.
 # MAX_RESTARTS (0): how often torchrun starts all processes anew after a failure; they resume.
 # SHUTDOWN_SECONDS (180): how long a run that is told to stop may take to save, before it is killed.
@@ -19,6 +20,11 @@ default=cpu
 if nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU'; then default=gpu; fi
 processes=${NPROC:-$default}
 python=${PYTHON:-python}
+module=${MODULE:-pretrain}
+if [[ $module != pretrain && $module != finetune ]]; then
+  echo "MODULE is $module; it must be pretrain or finetune" >&2
+  exit 2
+fi
 
 # Bad settings end here, before any process is started. The mark tells an old exit.json from a new one.
 mark=$("$python" -m megatron_bert_tp.outcome --mark --processes="$processes" "$@")
@@ -62,7 +68,7 @@ set -m
   --max-restarts="${MAX_RESTARTS:-0}" \
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
   --shutdown-timeout="${SHUTDOWN_SECONDS:-180}" \
-  -m megatron_bert_tp.pretrain "$@" &
+  -m "megatron_bert_tp.$module" "$@" &
 set +m
 
 # A signal ends the waiting before the launcher has ended.

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from megatron_bert_tp.config.command_line import run_command
-from megatron_bert_tp.config.load import load_config
+from megatron_bert_tp.config.load import load_any
 from megatron_bert_tp.errors import ConfigError, ExitCode
 from megatron_bert_tp.reliability.outcome import OutcomeFile
 
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"the settings file is missing\n\n{USAGE.splitlines()[0]}")
     processes = options.get("--processes", "")
     world_size = int(processes) if processes.isascii() and processes.isdecimal() else None
-    config = load_config(Path(settings[0]), settings[1:], world_size=world_size)
+    config = load_any(Path(settings[0]), settings[1:], world_size=world_size)
     file = OutcomeFile(Path(config.run.directory))
     mark = mark_of(file.path)
     if "--mark" in options:

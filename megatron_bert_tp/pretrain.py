@@ -5,6 +5,7 @@ import sys
 from megatron_bert_tp.config.command_line import config_from_arguments, run_command
 from megatron_bert_tp.config.environment import read_environment
 from megatron_bert_tp.config.help import settings_help
+from megatron_bert_tp.config.schema import Config
 
 USAGE = """\
 usage: [torchrun --nproc_per_node=N -m | python -m] megatron_bert_tp.pretrain CONFIG.yaml [section.key=value ...]
@@ -28,4 +29,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, usage=f"{USAGE}\n{settings_help()}"))
+    sys.exit(run_command(main, usage=f"{USAGE}\n{settings_help(Config)}"))

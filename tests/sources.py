@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "megatron_bert_tp"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
@@ -34,6 +36,14 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
+
+
+def real_data(name: str) -> Path:
+    """A file or folder of the real data beside the checkout; the test is skipped where it is not there."""
+    path = ROOT.parent / "shared" / "data" / name
+    if not path.exists():
+        pytest.skip(f"real data ../shared/data/{name} is not on this machine")
+    return path
 
 
 def assert_none(problems: Iterable[str]) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert_tp.config.load import load_config
+from megatron_bert_tp.config.load import load_any
+from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.config.settings import all_settings
+from megatron_bert_tp.config.task_schema import TaskRun
 from tests.sources import PACKAGE, ROOT, assert_none, functions, markdown_files, source_files
 
 LONGEST_FUNCTION = 60
@@ -231,7 +233,7 @@ def test_the_top_level_is_as_agreed():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_settings_file_loads(path):
-    assert load_config(path, world_size=PROCESSES.get(path.name)).run.directory
+    assert load_any(path, world_size=PROCESSES.get(path.name)).run.directory
 
 
 # The documents
@@ -239,7 +241,7 @@ def test_every_settings_file_loads(path):
 FENCE = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 QUOTED_PATH = re.compile(rf"`((?:{PACKAGE}|configs|launch|tests|benchmarks|docs)/[\w./-]+)`")
-OVERRIDE = re.compile(r"\b((?:model|data|objective|optimizer|parallel|run)\.[a-z_.0-9]+)=")
+OVERRIDE = re.compile(r"\b((?:model|task|data|objective|optimizer|parallel|run)\.[a-z_.0-9]+)=")
 
 
 def anchor_of(heading: str) -> str:
@@ -272,7 +274,8 @@ def unknown_paths(text: str) -> list[str]:
 def unknown_settings(text: str) -> list[str]:
     """Overrides of settings that do not exist; a line with a prompt may show what goes wrong."""
     lines = [line for line in text.splitlines() if not line.startswith("$ ")]
-    return sorted(set(OVERRIDE.findall("\n".join(lines))) - all_settings().keys())
+    known = all_settings(Config).keys() | all_settings(TaskRun).keys()
+    return sorted(set(OVERRIDE.findall("\n".join(lines))) - known)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS)

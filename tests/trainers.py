@@ -18,7 +18,8 @@ from megatron_bert_tp.data.batch import Batch
 from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.objectives.pretraining import Counts, Losses
 from megatron_bert_tp.parallel.agreement import Agreement
-from megatron_bert_tp.training.build import build_trainer
+from megatron_bert_tp.training.build import build_pretrainer
+from megatron_bert_tp.training.evaluation import HeldOut
 from megatron_bert_tp.training.pretraining import pretrain
 from megatron_bert_tp.training.texts import open_texts
 from megatron_bert_tp.training.trainer import Trainer
@@ -88,7 +89,7 @@ def trainer_of(config: Config, layout: Layout) -> Trainer:
     """New trainer of this rank over the corpus, as `pretrain` builds it."""
     mesh = build_mesh(layout)
     texts = open_texts(config, mesh.data, say=print)
-    return build_trainer(config, mesh, texts, agreement=Agreement.of_world(TIMEOUT), device=CPU)
+    return build_pretrainer(config, mesh, texts, agreement=Agreement.of_world(TIMEOUT), device=CPU)
 
 
 def trainer_of_made(
@@ -100,7 +101,7 @@ def trainer_of_made(
     config = configure(settings, recipe, layout, *sizes)
     mesh = build_mesh(layout)
     texts = SimpleNamespace(training=MadeBatches(recipe.shape), validation=None)
-    trainer = build_trainer(config, mesh, texts, agreement=Agreement.of_world(TIMEOUT), device=CPU)
+    trainer = build_pretrainer(config, mesh, texts, agreement=Agreement.of_world(TIMEOUT), device=CPU)
     if weights is not None:
         for stage in trainer.chunks:
             load_whole_(stage, weights)
@@ -134,9 +135,10 @@ def evaluate(settings: Path, recipe: Recipe, layout: Layout, *overrides: str) ->
     """Microbatches of this rank, and the losses on the held-out part before the first step."""
     config = configure(settings, recipe, layout, *overrides)
     trainer = trainer_of(config, layout)
-    assert trainer.texts.validation is not None
-    num_microbatches = len(trainer.texts.validation.evaluation(config.run.evaluation_samples))
-    losses, counts = trainer.evaluate()
+    texts, num_samples = open_texts(config, trainer.mesh.data, say=print), config.run.evaluation_samples
+    assert texts.validation is not None
+    num_microbatches = len(texts.validation.evaluation(num_samples))
+    losses, counts = HeldOut(texts, num_samples=num_samples, every=1, last_step=1).losses(trainer)
     assert trainer.chunks.is_training, "dropout is back on"
     assert all(parameter.grad is None for stage in trainer.chunks for parameter in stage.parameters())
     return num_microbatches, losses, counts
@@ -146,5 +148,5 @@ def run(settings: Path, recipe: Recipe, layout: Layout, *overrides: str) -> None
     """A whole run of one rank, with its folder; the pool has made the process group already."""
     config = configure(settings, recipe, layout, *overrides)
     environment = LaunchEnvironment(rank=dist.get_rank(), world_size=dist.get_world_size())
-    with patch("megatron_bert_tp.training.pretraining.process_group", lambda *_: nullcontext()):
+    with patch("megatron_bert_tp.training.session.process_group", lambda *_: nullcontext()):
         pretrain(config, environment)

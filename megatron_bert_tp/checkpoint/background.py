@@ -28,7 +28,9 @@ class Saver:
     """
 
     def __init__(self, root: Path, agreement: Ranks, *, keep: Keep, in_background: bool) -> None:
-        self._root, self._agreement, self._keep = root, agreement, keep
+        self._root, self._agreement = root, agreement
+        self.keep = keep
+        """What a save that has become whole leaves of the others; it may change between saves."""
         self._in_background = in_background
         self.newest: Path | None = None
         """The last checkpoint that was written; set by the thread that writes."""
@@ -98,7 +100,7 @@ class Saver:
                 facts=facts,
                 attachments=attachments,
                 agreement=self._agreement,
-                keep=self._keep,
+                keep=self.keep,
             )
         except Exception as error:  # of a thread nobody would hear it
             self._error = error

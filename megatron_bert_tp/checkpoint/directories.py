@@ -29,14 +29,15 @@ _LONGEST_POINTER = 64  # bytes
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints outlive the next one: the ``last`` newest, and all whose step ``every`` divides."""
+    """Which checkpoints outlive the next one: the ``last`` newest, multiples of ``every``, and the ``best``."""
 
     last: int
     every: int | None = None
+    best: int | None = None
 
     def forever(self, step: int) -> bool:
-        """Whether the checkpoint of that step is never removed."""
-        return self.every is not None and step % self.every == 0
+        """Whether the checkpoint of that step is not removed."""
+        return step == self.best or (self.every is not None and step % self.every == 0)
 
 
 def step_directory(root: Path, step: int) -> Path:

@@ -30,21 +30,21 @@ _LARGEST = 2**31  # of any size
 _MOST = {"num_hidden_layers": 10_000, "num_labels": 100_000}
 
 
-def check_model(checkpoint: Checkpoint, shape: ModelShape) -> None:
-    """CheckpointError, with the numbers that differ, unless the checkpoint is of the model ``shape``.
+def check_model(checkpoint: Checkpoint, shape: ModelShape, head: Head = PRETRAINING) -> None:
+    """CheckpointError, with what differs, unless the checkpoint is of the model ``shape`` with that ``head``.
 
-    Dropout probabilities, the initializer range and the number of labels may differ.
+    Dropout probabilities and the initializer range may differ, and the number of labels where nothing has them.
     """
-    head = head_of(checkpoint)
-    if head != PRETRAINING:
-        raise CheckpointError(f"{checkpoint.directory}: {missing_heads(shape, head)}")
+    found = head_of(checkpoint)
+    if found != head:
+        raise CheckpointError(f"{checkpoint.directory}: {missing_heads(shape, found, head)}")
     differing = differences(shape_of(checkpoint), shape)
     if differing:
         raise CheckpointError(
             f"{checkpoint.directory}: the checkpoint is of another model than the settings:\n{differing}\n"
             "set these to the checkpoint's values, or give another checkpoint"
         )
-    check_tensors(checkpoint, shape)
+    check_tensors(checkpoint, shape, head)
 
 
 def head_of(checkpoint: Checkpoint) -> Head:
@@ -62,11 +62,12 @@ def head_of(checkpoint: Checkpoint) -> Head:
     return replace(head, has_pooler=False) if is_bare else head
 
 
-def missing_heads(shape: ModelShape, head: Head) -> str:
-    """Why weights of the class ``head`` do not start a pretraining run: what is not in them."""
-    missing = [name for name in tensor_shapes(shape) if name not in tensor_shapes(shape, head)]
+def missing_heads(shape: ModelShape, head: Head, wanted: Head = PRETRAINING) -> str:
+    """Why weights of the class ``head`` are not those of the class that a run needs: what is not in them."""
+    missing = [name for name in tensor_shapes(shape, wanted) if name not in tensor_shapes(shape, head)]
+    needs = "pretraining needs" if wanted == PRETRAINING else "this run needs"
     return (
-        f"the weights are of a {head.architecture}, but pretraining needs those of a {PRETRAINING.architecture}; "
+        f"the weights are of a {head.architecture}, but {needs} those of a {wanted.architecture}; "
         f"missing are {', '.join(missing)}. Give the weights from which that model was made"
     )
 

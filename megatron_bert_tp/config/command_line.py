@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_bert_tp.config.environment import LaunchEnvironment, read_environment
-from megatron_bert_tp.config.load import load_config
+from megatron_bert_tp.config.load import Purpose, load_config, load_task
 from megatron_bert_tp.config.schema import Config
+from megatron_bert_tp.config.task_schema import TaskRun
 from megatron_bert_tp.errors import ConfigError, ExitCode, MegatronBertError
 
 _PIPE_CLOSED = 141  # as the shell has it for a process that SIGPIPE ends
@@ -75,13 +76,24 @@ def tell_error(text: str, environment: LaunchEnvironment) -> None:
 
 
 def config_from_arguments(arguments: Sequence[str], usage: str) -> Config:
-    """Settings for ``CONFIG.yaml section.key=value ...`` and the world size of this launch."""
+    """Settings of pretraining for ``CONFIG.yaml section.key=value ...`` and the world size of this launch."""
+    path = _settings_file(arguments, usage)
+    return load_config(path, arguments[1:], world_size=read_environment().world_size)
+
+
+def task_from_arguments(arguments: Sequence[str], usage: str, purpose: Purpose = "finetune") -> TaskRun:
+    """Settings of a task, as `config_from_arguments`."""
+    path = _settings_file(arguments, usage)
+    return load_task(path, arguments[1:], purpose=purpose, world_size=read_environment().world_size)
+
+
+def _settings_file(arguments: Sequence[str], usage: str) -> Path:
     if not arguments:
         raise ConfigError(f"the settings file is missing\n\n{_short(usage)}")
     path = Path(arguments[0])
     if "=" in arguments[0] and not path.exists():
         raise ConfigError(f"the settings file comes first, before {arguments[0]}\n\n{_short(usage)}")
-    return load_config(path, arguments[1:], world_size=read_environment().world_size)
+    return path
 
 
 def _short(usage: str) -> str:

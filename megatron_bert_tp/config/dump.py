@@ -1,4 +1,4 @@
-"""A `Config` as plain data: nested dicts, flat paths, YAML text, and what differs between two."""
+"""Settings as plain data: nested dicts, flat paths, YAML text, and what differs between two."""
 
 import json
 import os
@@ -9,33 +9,37 @@ from typing import TYPE_CHECKING
 
 from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.config.settings import joined
+from megatron_bert_tp.config.task_schema import TaskRun
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+Settings = Config | TaskRun
+"""All settings of a run: of pretraining, or of a task."""
 
-def to_dict(config: Config) -> dict[str, object]:
+
+def to_dict(config: Settings) -> dict[str, object]:
     """Sections as nested dicts of plain values; tuples become lists."""
     return _nested(config)
 
 
-def flat(config: Config) -> dict[str, object]:
+def flat(config: Settings) -> dict[str, object]:
     """Value of every setting under its path, such as ``model.hidden_size``."""
     return dict(_leaves(config, ""))
 
 
-def differences(old: Config, new: Config) -> list[tuple[str, object, object]]:
-    """Settings whose value differs, as (path, old value, new value)."""
+def differences(old: Settings, new: Settings) -> list[tuple[str, object, object]]:
+    """Settings of one schema whose value differs, as (path, old value, new value)."""
     after = flat(new)
     return [(path, value, after[path]) for path, value in flat(old).items() if value != after[path]]
 
 
-def to_yaml(config: Config) -> str:
-    """YAML text from which `load_config` reads an equal `Config`."""
+def to_yaml(config: Settings) -> str:
+    """YAML text from which `load_config` or `load_task` reads equal settings."""
     return "".join(_lines(config, indent=0))
 
 
-def write_config(config: Config, path: Path) -> None:
+def write_config(config: Settings, path: Path) -> None:
     """Write ``config`` as YAML in one step: a reader sees the old file or the new one, whole."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(to_yaml(config), encoding="utf-8")
@@ -66,9 +70,19 @@ def _lines(section: "DataclassInstance", indent: int) -> Iterator[str]:
             yield f"{' ' * indent}{name}:\n"
             yield from _lines(value, indent + 2)
         else:
-            # JSON's numbers, words and quoted texts are YAML's too, under any version of YAML.
-            yield f"{' ' * indent}{name}: {json.dumps(value, ensure_ascii=False)}\n"
+            yield f"{' ' * indent}{name}: {_text(value)}\n"
+
+
+def _text(value: object) -> str:
+    """A value as JSON has it, which any version of YAML reads alike, but for one thing."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    text = json.dumps(value, ensure_ascii=False)
+    # YAML 1.1 would read 2e-05 as text: its numbers with an exponent have a point.
+    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
 
 
 def _members(section: "DataclassInstance") -> Iterator[tuple[str, object]]:
-    return ((field.name, getattr(section, field.name)) for field in fields(section))
+    """Names and values, nested sections last: with a base class, its fields come first, sections or not."""
+    members = ((field.name, getattr(section, field.name)) for field in fields(section))
+    yield from sorted(members, key=lambda member: is_dataclass(member[1]))

@@ -10,12 +10,18 @@ from megatron_bert_tp.config.reader import Entry, Mapping, read_value
 from megatron_bert_tp.config.settings import Setting, all_sections, all_settings, joined
 
 COMMAND_LINE = "command line"
+# Sections that one schema has and another has not, and what their files are for.
+_ELSEWHERE = {
+    "task": "settings of a task are for megatron_bert_tp.finetune and megatron_bert_tp.evaluate",
+    "objective": "settings of pretraining are for megatron_bert_tp.pretrain",
+}
 
 
 @dataclass
 class Gathered:
     """Entries under the path of their setting, sections that occur, and problems found on the way."""
 
+    root: type
     given: dict[str, Entry] = field(default_factory=dict)
     sections: dict[str, Entry] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -24,19 +30,19 @@ class Gathered:
         """Sort the entries of a section into settings, nested sections and problems."""
         for entry in entries:
             path = joined(section, entry.name)
-            if path in all_sections():
+            if path in all_sections(self.root):
                 self._add_section_(path, entry)
-            elif path in all_settings() and "." not in entry.name:
+            elif path in all_settings(self.root) and "." not in entry.name:
                 self._add_once_(self.given, path, entry)
             else:
-                self.problems.append(_unknown(path, entry))
+                self.problems.append(_unknown(self.root, path, entry))
 
     def _add_section_(self, path: str, entry: Entry) -> None:
         self._add_once_(self.sections, path, entry)
         if isinstance(entry.value, Mapping):
             self.add_(path, entry.value.entries)
         elif entry.value is not None:
-            members = ", ".join(_members(path))
+            members = ", ".join(_members(self.root, path))
             self.problems.append(
                 Problem(
                     path=path,
@@ -60,31 +66,31 @@ class Gathered:
             )
 
 
-def gather_file(mapping: Mapping) -> Gathered:
-    """What a settings file gives."""
-    gathered = Gathered()
+def gather_file(root: type, mapping: Mapping) -> Gathered:
+    """What a file gives of the settings of the schema ``root``."""
+    gathered = Gathered(root)
     gathered.add_("", mapping.entries)
     return gathered
 
 
-def gather_overrides(overrides: Sequence[str]) -> Gathered:
+def gather_overrides(root: type, overrides: Sequence[str]) -> Gathered:
     """What ``section.key=value`` arguments give; a section takes a mapping, as in ``run={log_every: 5}``."""
-    gathered = Gathered()
+    gathered = Gathered(root)
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or path.startswith("-"):
-            gathered.problems.append(_no_override(override))
+            gathered.problems.append(_no_override(root, override))
             continue
         section, _, name = path.strip().rpartition(".")
         gathered.add_(section, [Entry(name, read_value(text, f"{COMMAND_LINE}, {path}"), COMMAND_LINE)])
     return gathered
 
 
-def valid_values(given: dict[str, Entry]) -> tuple[dict[str, object], list[Problem]]:
+def valid_values(root: type, given: dict[str, Entry]) -> tuple[dict[str, object], list[Problem]]:
     """Values of all settings that are right, defaults included, and the problems of those that are not."""
     values: dict[str, object] = {}
     problems: list[Problem] = []
-    for path, setting in all_settings().items():
+    for path, setting in all_settings(root).items():
         if path not in given:
             if not setting.is_required:
                 values[path] = setting.default
@@ -96,10 +102,10 @@ def valid_values(given: dict[str, Entry]) -> tuple[dict[str, object], list[Probl
     return values, problems
 
 
-def missing(given: dict[str, Entry]) -> Iterator[Problem]:
+def missing(root: type, given: dict[str, Entry]) -> Iterator[Problem]:
     """Required settings that nobody gives: one problem per section without any, else one per setting."""
-    for section in all_sections():
-        required = [row for row in _rows_of(section) if row.is_required]
+    for section in all_sections(root):
+        required = [row for row in _rows_of(root, section) if row.is_required]
         absent = [row for row in required if row.path not in given]
         if len(absent) > 1 and len(absent) == len(required):
             names = listed([row.path.rpartition(".")[2] for row in absent], "and")
@@ -124,9 +130,9 @@ def _mismatched(setting: Setting, entry: Entry, mismatch: MismatchError) -> Prob
     )
 
 
-def _no_override(argument: str) -> Problem:
+def _no_override(root: type, argument: str) -> Problem:
     path = argument.lstrip("-").partition("=")[0]
-    meant = path if path in all_settings() else "section.key"
+    meant = path if path in all_settings(root) else "section.key"
     return Problem(
         path=argument,
         rule="is no setting: an argument reads section.key=value",
@@ -135,19 +141,21 @@ def _no_override(argument: str) -> Problem:
     )
 
 
-def _unknown(path: str, entry: Entry) -> Problem:
-    return Problem(path=path, rule="is no setting", way_out=_suggestion(path), place=entry.place)
+def _unknown(root: type, path: str, entry: Entry) -> Problem:
+    return Problem(path=path, rule="is no setting", way_out=_suggestion(root, path), place=entry.place)
 
 
-def _suggestion(path: str) -> str:
-    known = [*all_settings(), *all_sections()]
+def _suggestion(root: type, path: str) -> str:
+    known = [*all_settings(root), *all_sections(root)]
     section, _, name = path.rpartition(".")
     if path in known:
         return f"write `{name}:` indented under `{section}:`"
+    if path in _ELSEWHERE:
+        return _ELSEWHERE[path]
     meant = _similar(path, known) or _same_words(name, known)
     if meant:
         return f"did you mean {listed(meant)}?"
-    members = _members(section)
+    members = _members(root, section)
     return f"{section or 'the top level'} holds {', '.join(members)}; --help lists all settings"
 
 
@@ -164,13 +172,13 @@ def _same_words(name: str, known: Sequence[str]) -> list[str]:
     return [path for path in known if words <= set(path.rpartition(".")[2].split("_"))][:3]
 
 
-def _members(section: str) -> list[str]:
+def _members(root: type, section: str) -> list[str]:
     """Names directly inside a section, or the top-level sections for an unknown one."""
-    paths = [*all_settings(), *all_sections()]
+    paths = [*all_settings(root), *all_sections(root)]
     inside = [path for path in paths if path.rpartition(".")[0] == section]
-    top = [path for path in all_sections() if "." not in path]
+    top = [path for path in all_sections(root) if "." not in path]
     return [path.rpartition(".")[2] for path in inside] or top
 
 
-def _rows_of(section: str) -> list[Setting]:
-    return [row for path, row in all_settings().items() if path.rpartition(".")[0] == section]
+def _rows_of(root: type, section: str) -> list[Setting]:
+    return [row for path, row in all_settings(root).items() if path.rpartition(".")[0] == section]

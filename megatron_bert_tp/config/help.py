@@ -1,4 +1,4 @@
-"""Text for ``--help``: every setting with its kind, default and meaning, made from the schema."""
+"""Text for ``--help``: every setting with its kind, default and meaning, made from a schema."""
 
 import inspect
 import textwrap
@@ -9,7 +9,7 @@ from megatron_bert_tp.config.problems import shown
 from megatron_bert_tp.config.settings import Setting, all_sections, all_settings
 
 _WIDTH = 100
-_WIDEST = 22  # longest kind that has a column to itself
+_WIDEST = 25  # longest kind that has a column to itself
 _CHOICE = "choice"
 _GAP = "  "
 _SIGNS = {"at_least": ">=", "above": ">", "at_most": "<=", "below": "<"}
@@ -19,14 +19,14 @@ The columns are name, kind, default (or `required`) and meaning.
 """
 
 
-def settings_help() -> str:
-    """All settings, grouped by section, in lines of at most 100 columns."""
-    return "\n".join([_HEAD, *map(_block, all_sections())])
+def settings_help(root: type) -> str:
+    """All settings of the schema with this root, grouped by section, in lines of at most 100 columns."""
+    return "\n".join([_HEAD, *(_block(root, section) for section in all_sections(root))])
 
 
-def _block(section: str) -> str:
-    meaning = inspect.getdoc(all_sections()[section]) or ""
-    rows = [row for path, row in all_settings().items() if path.rpartition(".")[0] == section]
+def _block(root: type, section: str) -> str:
+    meaning = inspect.getdoc(all_sections(root)[section]) or ""
+    rows = [row for path, row in all_settings(root).items() if path.rpartition(".")[0] == section]
     cells = [(row.path.rpartition(".")[2], _kind(row), _default(row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [f"{section}: {meaning.splitlines()[0]}"]

@@ -1,5 +1,6 @@
 """Kinds of values: what the annotation of a setting accepts, and how it is called in messages."""
 
+import difflib
 import math
 from collections.abc import Callable
 from types import UnionType
@@ -103,7 +104,9 @@ def _text(value: object) -> str:
 def _choice(value: object, choices: tuple[object, ...]) -> object:
     if isinstance(value, str) and value in choices:
         return value
-    raise MismatchError(f"must be {listed(choices)}", f"choose {listed(choices)}")
+    close = difflib.get_close_matches(str(value).lower(), [str(choice) for choice in choices], n=1, cutoff=0.7)
+    meant = f"did you mean {close[0]}?" if close else f"choose {listed(choices)}"
+    raise MismatchError(f"must be {listed(choices)}", meant)
 
 
 def _list(value: object, kinds: tuple[object, ...]) -> tuple[object, ...]:

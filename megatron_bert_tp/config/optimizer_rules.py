@@ -1,46 +1,14 @@
-"""Rules over the settings of `optimizer`: lengths that fit, and no setting that would be ignored."""
+"""Rules over `optimizer` in pretraining: lengths that fit, and no setting that would be ignored."""
 
 from collections.abc import Callable
-from dataclasses import MISSING, fields
 
 from megatron_bert_tp.config.problems import listed
 from megatron_bert_tp.config.rule import WORLD_SIZE, Broken, Rule, near
-from megatron_bert_tp.config.schema import LossScaleConfig, OptimizerConfig
+from megatron_bert_tp.config.schema import OptimizerConfig
+from megatron_bert_tp.config.update_rules import UPDATE_RULES, default_of, left_out
 
 _UNITS = ("steps", "samples")
 _DECAYING = ("linear", "cosine", "wsd")
-_READ_BY = {
-    "beta1": ("adamw", "lamb"),
-    "beta2": ("adamw", "lamb"),
-    "epsilon": ("adamw", "lamb"),
-    "momentum": ("sgd",),
-}
-
-
-def _default(kind: type, name: str) -> object:
-    (default,) = (field.default for field in fields(kind) if field.name == name)
-    assert default is not MISSING, f"{name} has no default"
-    return default
-
-
-def _leave_out(rule: str, name: str, *, unless: str) -> Broken:
-    return Broken(rule, f"leave {name} out, or set {unless}")
-
-
-def _is_read(name: str) -> Rule:
-    """The rule that a constant of some update rules is not given for another."""
-
-    def check(value: object, rule: str) -> Broken | None:
-        if rule in _READ_BY[name] or value == _default(OptimizerConfig, name):
-            return None
-        readers = listed(_READ_BY[name])
-        return _leave_out(
-            f"is read by {readers} alone, and optimizer.name is {rule}",
-            f"optimizer.{name}",
-            unless=f"optimizer.name: {readers}",
-        )
-
-    return Rule((f"optimizer.{name}", "optimizer.name"), check)
 
 
 def _is_of_unit(name: str, unit: str) -> Rule:
@@ -48,7 +16,7 @@ def _is_of_unit(name: str, unit: str) -> Rule:
     (other,) = set(_UNITS) - {unit}
 
     def check(value: object, chosen: str) -> Broken | None:
-        if chosen == unit or value == _default(OptimizerConfig, f"{name}_{unit}"):
+        if chosen == unit or value == default_of(OptimizerConfig, f"{name}_{unit}"):
             return None
         return Broken(
             f"counts {unit}, and optimizer.schedule_unit is {chosen}",
@@ -56,21 +24,6 @@ def _is_of_unit(name: str, unit: str) -> Rule:
         )
 
     return Rule((f"optimizer.{name}_{unit}", "optimizer.schedule_unit"), check)
-
-
-def _is_scaled(name: str) -> Rule:
-    """The rule that numbers of the loss scale are given for float16 alone."""
-
-    def check(value: object, precision: str) -> Broken | None:
-        if precision == "float16" or value == _default(LossScaleConfig, name):
-            return None
-        return _leave_out(
-            f"is read for float16 alone, and optimizer.precision is {precision}",
-            f"optimizer.loss_scale.{name}",
-            unless="optimizer.precision: float16",
-        )
-
-    return Rule((f"optimizer.loss_scale.{name}", "optimizer.precision"), check)
 
 
 def _warmup_ends(warmup: int, steps: int) -> Broken | None:
@@ -91,30 +44,11 @@ def _warmup_fits_samples(warmup: int, steps: int, batch: int) -> Broken | None:
     )
 
 
-def _rate_decays(final: float, highest: float) -> Broken | None:
-    if final <= highest:
-        return None
-    return Broken(
-        f"must not be above optimizer.learning_rate ({highest}): the rate decays to it",
-        f"use 0 or at most {highest}",
-    )
-
-
-def _constant_has_no_end(final: float, schedule: str) -> Broken | None:
-    if schedule != "constant" or final == 0:
-        return None
-    return Broken(
-        "is never reached with optimizer.schedule = constant",
-        "leave optimizer.final_learning_rate out, or choose a schedule that decays: linear, cosine, "
-        "inverse_square_root or wsd",
-    )
-
-
 def _decays(unit: str) -> Callable[..., Broken | None]:
     def check(decay: int | None, schedule: str) -> Broken | None:
         if decay is None or schedule in _DECAYING:
             return None
-        return _leave_out(
+        return left_out(
             f"is read by {listed(_DECAYING)} alone, and optimizer.schedule is {schedule}",
             f"optimizer.decay_{unit}",
             unless=f"optimizer.schedule: {listed(_DECAYING)}",
@@ -209,58 +143,13 @@ def _sizes_are_whole(
     )
 
 
-def _scale_starts_above(initial: float, minimum: float) -> Broken | None:
-    if initial >= minimum:
-        return None
-    return Broken(
-        f"must not be below optimizer.loss_scale.minimum ({minimum})", f"use at least {minimum}, such as 65536"
-    )
-
-
-def _apex_has_rule(fused: str, name: str) -> Broken | None:
-    if fused != "apex" or name != "sgd":
-        return None
-    return Broken("has kernels for adamw and lamb here, and optimizer.name is sgd", "set run.fused: torch")
-
-
-def _apex_is_single(fused: str, precision: str, device: str) -> Broken | None:
-    if fused != "apex" or (precision != "float64" and device != "cpu"):
-        return None
-    return Broken(
-        f"needs a GPU and float32 weights; run.device is {device}, optimizer.precision is {precision}",
-        "set run.fused: torch",
-    )
-
-
-def _apex_lamb_is_whole(fused: str, name: str, tensor: int, is_sharded: bool) -> Broken | None:
-    if fused != "apex" or name != "lamb" or (tensor == 1 and not is_sharded):
-        return None
-    return Broken(
-        "computes the norms of LAMB from whole tensors: it needs parallel.tensor = 1 and no "
-        f"parallel.shard_optimizer; they are {tensor} and {str(is_sharded).lower()}",
-        "set run.fused: torch, whose LAMB adds the norms over ranks",
-    )
-
-
-def _apex_lamb_decays(fused: str, name: str, decay: float) -> Broken | None:
-    if fused != "apex" or name != "lamb" or decay > 0:
-        return None
-    return Broken(
-        "gives trust ratios only to weights that decay, so its LAMB needs optimizer.weight_decay above 0",
-        "set run.fused: torch, or a weight decay",
-    )
-
-
 _LAYOUT = ("parallel.microbatch", "parallel.packing", "parallel.tensor", "parallel.pipeline", WORLD_SIZE)
 
 OPTIMIZER_RULES: tuple[Rule, ...] = (
-    *map(_is_read, _READ_BY),
+    *UPDATE_RULES,
     *(_is_of_unit(name, unit) for name in ("warmup", "decay") for unit in _UNITS),
-    *(_is_scaled(field.name) for field in fields(LossScaleConfig)),
     Rule(("optimizer.warmup_steps", "optimizer.steps"), _warmup_ends),
     Rule(("optimizer.warmup_samples", "optimizer.steps", "optimizer.global_batch"), _warmup_fits_samples),
-    Rule(("optimizer.final_learning_rate", "optimizer.learning_rate"), _rate_decays),
-    Rule(("optimizer.final_learning_rate", "optimizer.schedule"), _constant_has_no_end),
     *(Rule((f"optimizer.decay_{unit}", "optimizer.schedule"), _decays(unit)) for unit in _UNITS),
     Rule(("optimizer.decay_steps", "optimizer.warmup_steps", "optimizer.steps"), _decay_fits_steps),
     Rule(
@@ -287,9 +176,4 @@ OPTIMIZER_RULES: tuple[Rule, ...] = (
     ),
     Rule(("optimizer.batch_ramp.start", *_LAYOUT), _sizes_are_whole),
     Rule(("optimizer.batch_ramp.increment", *_LAYOUT), _sizes_are_whole),
-    Rule(("optimizer.loss_scale.initial", "optimizer.loss_scale.minimum"), _scale_starts_above),
-    Rule(("run.fused", "optimizer.name"), _apex_has_rule),
-    Rule(("run.fused", "optimizer.precision", "run.device"), _apex_is_single),
-    Rule(("run.fused", "optimizer.name", "parallel.tensor", "parallel.shard_optimizer"), _apex_lamb_is_whole),
-    Rule(("run.fused", "optimizer.name", "optimizer.weight_decay"), _apex_lamb_decays),
 )

@@ -119,16 +119,21 @@ def _microbatches(batch: int, data: int) -> str:
     return f", or parallel.microbatch: {shortened(divisors(batch // data))}"
 
 
-PARALLEL_RULES: tuple[Rule, ...] = (
+MODEL_RULES: tuple[Rule, ...] = (
     Rule(("parallel.tensor", "model.num_attention_heads"), _tensor_divides_heads),
     Rule(("parallel.tensor", "model.intermediate_size"), _tensor_divides_intermediate),
     Rule(("parallel.pipeline", "parallel.virtual", "model.num_hidden_layers"), _stages_have_layers),
+)
+"""Rules that read sizes of the model; those of a task come with its weights."""
+LAYOUT_RULES: tuple[Rule, ...] = (
     Rule(("parallel.virtual", "parallel.schedule"), _schedule_has_stages),
     Rule(("parallel.schedule_file", "parallel.schedule"), _file_is_named),
     Rule(("parallel.recompute_every", "parallel.recompute"), _something_is_recomputed),
     Rule((WORLD_SIZE, "parallel.tensor", "parallel.pipeline"), _world_is_whole),
     Rule(("parallel.microbatch", "parallel.packing"), _rows_are_cut),
     Rule(("parallel.microbatch_tokens", "parallel.packing", "data.sequence_length"), _bins_hold_a_sample),
+)
+BATCH_RULES: tuple[Rule, ...] = (
     Rule(
         (
             "optimizer.global_batch",
@@ -141,3 +146,5 @@ PARALLEL_RULES: tuple[Rule, ...] = (
         _batch_is_whole,
     ),
 )
+"""Rules of a step, which an evaluation does not make."""
+PARALLEL_RULES = (*MODEL_RULES, *LAYOUT_RULES, *BATCH_RULES)

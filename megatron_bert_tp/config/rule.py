@@ -1,10 +1,14 @@
-"""What a rule is that ties several settings together, and the numbers that its way out names."""
+"""What a rule is that ties several settings together, how rules are run, and the numbers that a way out names.
+
+A rule is run when all settings that it reads are valid, whatever else is wrong.  It returns what is
+broken, or None.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_bert_tp.config.problems import listed
+from megatron_bert_tp.config.problems import Problem, listed, shown
 
 WORLD_SIZE = "world size"
 _NUM_SHOWN = 12
@@ -24,6 +28,30 @@ class Rule:
 
     paths: tuple[str, ...]
     check: Callable[..., Broken | None]
+
+
+def broken_rules(rules: Sequence[Rule], values: Mapping[str, object], world_size: int | None) -> list[Problem]:
+    """Problems of those rules whose settings are all in ``values``; rules of the world size if one is given."""
+    return _run(rules, {**values, WORLD_SIZE: world_size})
+
+
+def world_problems(rules: Sequence[Rule], values: Mapping[str, object], world_size: int) -> list[Problem]:
+    """Problems of the rules that read the world size alone."""
+    return broken_rules([rule for rule in rules if WORLD_SIZE in rule.paths], values, world_size)
+
+
+def _run(rules: Sequence[Rule], values: Mapping[str, object]) -> list[Problem]:
+    problems = []
+    for rule in rules:
+        if all(path in values for path in rule.paths):
+            broken = rule.check(*(values[path] for path in rule.paths))
+            if broken:
+                problems.append(_problem(rule.paths[0], values, broken))
+    return problems
+
+
+def _problem(path: str, values: Mapping[str, object], broken: Broken) -> Problem:
+    return Problem(path=path, rule=broken.rule, way_out=broken.way_out, value=shown(values[path]))
 
 
 def divisors(*numbers: int) -> list[int]:

@@ -1,45 +1,11 @@
-"""Rules that tie several settings together, as one table of small pure functions.
+"""Rules that tie several settings of pretraining together, as one table of small pure functions."""
 
-A rule is run when all settings that it reads are valid, whatever else is wrong.  It returns what is
-broken, or None.
-"""
-
-from collections.abc import Mapping, Sequence
-
+from megatron_bert_tp.config.dropout_rules import DROPOUT_RULES
 from megatron_bert_tp.config.optimizer_rules import OPTIMIZER_RULES
 from megatron_bert_tp.config.parallel_rules import PARALLEL_RULES
-from megatron_bert_tp.config.problems import Problem, listed, shown
-from megatron_bert_tp.config.rule import WORLD_SIZE, Broken, Rule, divisors, near, shortened
+from megatron_bert_tp.config.problems import listed
+from megatron_bert_tp.config.rule import Broken, Rule, divisors, near, shortened
 from megatron_bert_tp.config.run_rules import RUN_RULES
-
-# Dropout compares 16 random bits: a probability that rounds to 0 of their 65536 values would drop nothing.
-_SMALLEST_DROPOUT = 1e-5
-
-
-def broken_rules(values: Mapping[str, object], world_size: int | None) -> list[Problem]:
-    """Problems of all rules whose settings are in ``values``; rules of the world size if one is given."""
-    known = {**values, WORLD_SIZE: world_size}
-    return _run(RULES, known)
-
-
-def world_problems(values: Mapping[str, object], world_size: int) -> list[Problem]:
-    """Problems of the rules that read the world size alone."""
-    known = {**values, WORLD_SIZE: world_size}
-    return _run([rule for rule in RULES if WORLD_SIZE in rule.paths], known)
-
-
-def _run(rules: Sequence[Rule], values: Mapping[str, object]) -> list[Problem]:
-    problems = []
-    for rule in rules:
-        if all(path in values for path in rule.paths):
-            broken = rule.check(*(values[path] for path in rule.paths))
-            if broken:
-                problems.append(_problem(rule.paths[0], values, broken))
-    return problems
-
-
-def _problem(path: str, values: Mapping[str, object], broken: Broken) -> Problem:
-    return Problem(path=path, rule=broken.rule, way_out=broken.way_out, value=shown(values[path]))
 
 
 def _heads_divide_hidden(hidden: int, heads: int) -> Broken | None:
@@ -48,15 +14,6 @@ def _heads_divide_hidden(hidden: int, heads: int) -> Broken | None:
     return Broken(
         f"must be a multiple of model.num_attention_heads ({heads})",
         f"use {near(hidden, heads)}, or heads that work: {shortened(divisors(hidden))}",
-    )
-
-
-def _dropout_drops(probability: float) -> Broken | None:
-    if probability == 0 or probability >= _SMALLEST_DROPOUT:
-        return None
-    return Broken(
-        f"must be 0 or at least {_SMALLEST_DROPOUT}: dropout works in steps of 1 / 65536",
-        f"use 0, or at least {_SMALLEST_DROPOUT}",
     )
 
 
@@ -135,8 +92,7 @@ def _split_has_validation(split: tuple[float, float, float], samples: int) -> Br
 
 RULES: tuple[Rule, ...] = (
     Rule(("model.hidden_size", "model.num_attention_heads"), _heads_divide_hidden),
-    Rule(("model.hidden_dropout_prob",), _dropout_drops),
-    Rule(("model.attention_probs_dropout_prob",), _dropout_drops),
+    *DROPOUT_RULES,
     Rule(("model.pad_token_id", "model.vocab_size"), _pad_is_in_vocabulary),
     Rule(("model.type_vocab_size", "objective.pairs"), _pairs_have_two_segments),
     Rule(("data.corpus",), _corpora_differ),

@@ -1,7 +1,8 @@
-"""Every setting there is, as frozen dataclasses: name, type, default, bounds and one line of meaning.
+"""Every setting of pretraining, as frozen dataclasses: name, type, default, bounds and one line of meaning.
 
 `model`, `data`, `objective` and `optimizer` say what is learned; `parallel` and `run` say how it runs
 and never change the loss curve beyond rounding.  Model settings carry Hugging Face's names.
+`config.task_schema` has those of tasks; `UpdateConfig`, `ParallelConfig` and `RunConfig` serve both.
 """
 
 from dataclasses import dataclass, field
@@ -119,14 +120,36 @@ class LossScaleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """How the weights move."""
+class UpdateConfig:
+    """How the weights move, whatever is learned."""
 
     name: Literal["adamw", "lamb", "sgd"] = setting("adamw", "update rule")
     global_batch: int = setting(required=True, meaning="samples per optimizer step, over all ranks", at_least=1)
-    steps: int = setting(required=True, meaning="optimizer steps of the whole run", at_least=1)
+    steps: int | None = setting(
+        None, "optimizer steps of the whole run; null: those of optimizer.epochs", at_least=1
+    )
     learning_rate: float = setting(1e-4, "highest learning rate", above=0)
     final_learning_rate: float = setting(0.0, "rate that the decay reaches after the last step", at_least=0)
+    beta1: float = setting(0.9, "decay of the first moment (adamw, lamb)", at_least=0, below=1)
+    beta2: float = setting(0.999, "decay of the second moment (adamw, lamb)", at_least=0, below=1)
+    epsilon: float = setting(1e-8, "added to the root of the second moment (adamw, lamb)", above=0)
+    momentum: float = setting(0.9, "decay of the sum of gradients (sgd)", at_least=0, below=1)
+    weight_decay: float = setting(
+        0.01, "weight decay, decoupled but for sgd; not on biases and LayerNorms", at_least=0
+    )
+    clip_norm: float = setting(1.0, "largest gradient norm; 0 never clips", at_least=0)
+    precision: Literal["float32", "float64", "bfloat16", "float16"] = setting(
+        "float32", "number format of computing; below 32 bits the optimizer keeps float32 weights"
+    )
+    seed: int = setting(1234, "seed of weights, data order, masks and dropout", at_least=0, below=2**63)
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(UpdateConfig):
+    """How the weights move."""
+
+    steps: int = setting(required=True, meaning="optimizer steps of the whole run", at_least=1)
     schedule: Literal["linear", "cosine", "constant", "inverse_square_root", "wsd"] = setting(
         "linear", "learning rate after the warm-up; wsd is the highest, then decays at the end of the run"
     )
@@ -141,26 +164,13 @@ class OptimizerConfig:
     decay_samples: int | None = setting(
         None, "samples of the decay, for wsd the last ones; null: from the warm-up to the end", at_least=1
     )
-    beta1: float = setting(0.9, "decay of the first moment (adamw, lamb)", at_least=0, below=1)
-    beta2: float = setting(0.999, "decay of the second moment (adamw, lamb)", at_least=0, below=1)
-    epsilon: float = setting(1e-8, "added to the root of the second moment (adamw, lamb)", above=0)
-    momentum: float = setting(0.9, "decay of the sum of gradients (sgd)", at_least=0, below=1)
-    weight_decay: float = setting(
-        0.01, "weight decay, decoupled but for sgd; not on biases and LayerNorms", at_least=0
-    )
     final_weight_decay: float | None = setting(
         None, "weight decay that a ramp reaches after the last step", at_least=0
     )
     weight_decay_ramp: Literal["constant", "linear", "cosine"] = setting(
         "constant", "curve from weight_decay to final_weight_decay over the run"
     )
-    clip_norm: float = setting(1.0, "largest gradient norm; 0 never clips", at_least=0)
-    precision: Literal["float32", "float64", "bfloat16", "float16"] = setting(
-        "float32", "number format of computing; below 32 bits the optimizer keeps float32 weights"
-    )
-    seed: int = setting(1234, "seed of weights, data order, masks and dropout", at_least=0, below=2**63)
     batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
-    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +224,7 @@ class AnomaliesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run writes, how often, and on what it runs."""
+    """Where a run writes, how often, and on what it runs; the same for pretraining and for tasks."""
 
     directory: str = setting(required=True, meaning="folder for metrics.jsonl, checkpoints and config.yaml")
     resume: str = setting(
@@ -232,9 +242,6 @@ class RunConfig:
     )
     stop_after: str | None = setting(None, "save and stop in time for this, such as 3h50m or 45m; null: never")
     requeue: bool = setting(False, "under SLURM: put the job back into the queue when it stops before its end")
-    evaluate_every: int = setting(1000, "steps between evaluations (the last step always evaluates)", at_least=1)
-    evaluation_samples: int = setting(512, "held-out samples of an evaluation; 0 never evaluates", at_least=0)
-    index_cache: str | None = setting(None, "folder for sample indexes; null: beside each corpus")
     data_workers: int = setting(
         0, "processes that make batches ahead; 0: a thread of the training process", at_least=0, at_most=64
     )
@@ -259,6 +266,15 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PretrainingRunConfig(RunConfig):
+    """Where a run writes, how often, and on what it runs."""
+
+    evaluate_every: int = setting(1000, "steps between evaluations (the last step always evaluates)", at_least=1)
+    evaluation_samples: int = setting(512, "held-out samples of an evaluation; 0 never evaluates", at_least=0)
+    index_cache: str | None = setting(None, "folder for sample indexes; null: beside each corpus")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings of a run."""
 
@@ -267,4 +283,4 @@ class Config:
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
     parallel: ParallelConfig
-    run: RunConfig
+    run: PretrainingRunConfig

@@ -1,12 +1,13 @@
-"""The schema seen as a flat table: one row per setting, under its path such as `model.hidden_size`."""
+"""A schema seen as a flat table: one row per setting, under its path such as `model.hidden_size`.
+
+The dataclass at the root of a schema stands for all of it: `Config` for pretraining, `TaskRun` for tasks.
+"""
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints
-
-from megatron_bert_tp.config.schema import Config
 
 _BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "at_least": ("at least", operator.ge),
@@ -32,22 +33,24 @@ class Setting:
         return " and ".join(f"{_BOUNDS[name][0]} {limit}" for name, limit in self.bounds.items())
 
     def allows(self, value: object) -> bool:
-        """Whether a value of the right kind lies within the bounds."""
+        """Whether a value of the right kind lies within the bounds; of a list, all that it holds."""
+        if isinstance(value, tuple):
+            return all(map(self.allows, value))
         if not isinstance(value, int | float):
             return True
         return all(_BOUNDS[name][1](value, limit) for name, limit in self.bounds.items())
 
 
 @cache
-def all_settings() -> Mapping[str, Setting]:
-    """Every setting under its path, in the order of the schema."""
-    return {row.path: row for section, kind in all_sections().items() for row in _rows(section, kind)}
+def all_settings(root: type) -> Mapping[str, Setting]:
+    """Every setting of the schema with this root under its path, in the order of the schema."""
+    return {row.path: row for section, kind in all_sections(root).items() for row in _rows(section, kind)}
 
 
 @cache
-def all_sections() -> Mapping[str, type]:
+def all_sections(root: type) -> Mapping[str, type]:
     """Dataclass of every section under its path, nested ones after the section that holds them."""
-    return dict(_sections("", Config))
+    return dict(_sections("", root))
 
 
 def joined(section: str, name: str) -> str:

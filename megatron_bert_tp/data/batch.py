@@ -1,7 +1,6 @@
 """One microbatch as torch tensors, and how it is made of masked samples."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from megatron_bert_tp.data.draws import Ints
 from megatron_bert_tp.data.packing import WIDTH_MULTIPLE, rounded
 from megatron_bert_tp.data.samples.masking import MaskedRows
 from megatron_bert_tp.data.samples.pairs import Pairs, Rows
+from megatron_bert_tp.data.tensors import Tensors
 from megatron_bert_tp.data.tokenizer import Vocabulary
 from megatron_bert_tp.parallel.cross_entropy import IGNORED
 
@@ -20,7 +20,7 @@ _MASKED_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Tensors):
     """One microbatch of one replica.
 
     Each row is a sample, as wide as the longest rounded up to a multiple of 8, at most the settings' sequence
@@ -49,25 +49,6 @@ class Batch:
     """``[samples]`` tokens of the samples in the only row; None where each row is a sample."""
     position_ids: Tensor | None = None
     """``[1, sequence]`` int64 place of each token in its sample; None where each row is a sample."""
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same microbatch with all tensors on ``device``; asynchronously where they are pinned."""
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "Batch":
-        """The same microbatch in page-locked memory, from which a GPU copies while it computes."""
-        return self._with_tensors(Tensor.pin_memory)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled, as from a worker process, tensors are arrays: torch would send each as an open file."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return _from_arrays, tuple(v.numpy() if isinstance(v, Tensor) else v for v in values)
-
-    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
-        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -140,12 +121,6 @@ def empty_batch(vocabulary: Vocabulary) -> Batch:
         next_sentence_labels=torch.tensor([IGNORED]),
         num_tokens=0,
     )
-
-
-def _from_arrays(*values: Any) -> Batch:
-    """The microbatch with these fields, its tensors given as arrays."""
-    given: list[Any] = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values]
-    return Batch(*given)
 
 
 def _filled(values: npt.NDArray[Any], multiple: int, padding: int) -> Ints:

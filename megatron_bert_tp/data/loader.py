@@ -7,17 +7,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
+from typing import Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_bert_tp.data.batch import Batch
 from megatron_bert_tp.data.stop_signals import held_back_from_children, ignore_stop_signals
+from megatron_bert_tp.data.tensors import Tensors
 from megatron_bert_tp.errors import DataError, MegatronBertError
 
 _STEPS_AHEAD = 2  # of a thread, or of each process
 _LAST_SECONDS = 5.0  # for the batch that the thread makes when the process ends
 
-Make = Callable[[int], list[Batch]]
+Batch = TypeVar("Batch", bound=Tensors)
+Make = Callable[[int], Sequence[Batch]]
 """From the samples done to the microbatches of the step that follows them."""
 SizeOf = Callable[[int], int]
 """From the samples done to the samples of the step that follows them, which never become fewer."""
@@ -34,19 +36,19 @@ class Loading:
     timeout_seconds: float
 
 
-class StepLoader:
+class StepLoader(Generic[Batch]):
     """The microbatches of the steps of a run, one step after another.
 
     What a step gets depends on its number alone: neither the workers nor what was taken before changes it.
     """
 
-    def __init__(self, make: Make, *, size_of: SizeOf, end: int, loading: Loading):
+    def __init__(self, make: Make[Batch], *, size_of: SizeOf, end: int, loading: Loading):
         """``end`` is the number of samples of the whole run: nothing is made ahead beyond it."""
         self._make, self._size_of, self._end, self._loading = make, size_of, end, loading
         self._next: int | None = None
-        self._steps: Iterator[list[Batch]] = iter(())
+        self._steps: Iterator[Sequence[Batch]] = iter(())
 
-    def take(self, samples_done: int) -> list[Batch]:
+    def take(self, samples_done: int) -> Sequence[Batch]:
         """Microbatches of the step that follows ``samples_done`` samples.
 
         DataError when a process that makes them has died, or when they do not come in time.
@@ -78,17 +80,17 @@ class _Starts(Sequence[int]):
         return self._even[index - len(self._growing)]
 
 
-def _ahead(make: Make, numbers: Sequence[int], loading: Loading) -> Iterator[list[Batch]]:
+def _ahead(make: Make[Batch], numbers: Sequence[int], loading: Loading) -> Iterator[Sequence[Batch]]:
     return (_in_processes if loading.num_workers else _in_thread)(make, numbers, loading)
 
 
-def _in_thread(make: Make, numbers: Sequence[int], loading: Loading) -> Iterator[list[Batch]]:
-    def made(number: int) -> list[Batch]:
+def _in_thread(make: Make[Batch], numbers: Sequence[int], loading: Loading) -> Iterator[Sequence[Batch]]:
+    def made(number: int) -> Sequence[Batch]:
         batches = make(number)
         return [batch.pin_memory() for batch in batches] if loading.pins_memory else batches
 
     worker = _Worker(made)
-    waiting: deque[Future[list[Batch]]] = deque()
+    waiting: deque[Future[Sequence[Batch]]] = deque()
     try:
         for number in numbers:
             waiting.append(worker.ask(number))
@@ -102,23 +104,23 @@ def _in_thread(make: Make, numbers: Sequence[int], loading: Loading) -> Iterator
         worker.leave()
 
 
-class _Worker:
+class _Worker(Generic[Batch]):
     """A thread that makes batches in turn.
 
     Not a pool's: the interpreter ends only after a pool's threads, even where one waits for a file system that
     does not answer.
     """
 
-    def __init__(self, make: Make):
-        self._asked: SimpleQueue[tuple[int, Future[list[Batch]]] | None] = SimpleQueue()
+    def __init__(self, make: Make[Batch]):
+        self._asked: SimpleQueue[tuple[int, Future[Sequence[Batch]]] | None] = SimpleQueue()
         self._make = make
         self._thread = Thread(target=self._serve, name="batches", daemon=True)
         self._thread.start()
         atexit.register(self._end)
 
-    def ask(self, number: int) -> Future[list[Batch]]:
+    def ask(self, number: int) -> Future[Sequence[Batch]]:
         """What ``make`` gives for ``number``, once it is made."""
-        future: Future[list[Batch]] = Future()
+        future: Future[Sequence[Batch]] = Future()
         self._asked.put((number, future))
         return future
 
@@ -142,33 +144,33 @@ class _Worker:
                 future.set_exception(error)  # raised again by the step that needs it
 
 
-def _result(made: Future[list[Batch]], loading: Loading) -> list[Batch]:
+def _result(made: Future[Sequence[Batch]], loading: Loading) -> Sequence[Batch]:
     try:
         return made.result(loading.timeout_seconds)
     except TimeoutError as error:
         raise DataError(_too_slow(loading)) from error
 
 
-_Made = list[Batch] | MegatronBertError
+_Made = Sequence[Batch] | MegatronBertError
 
 
-class _Steps(Dataset[_Made]):
+class _Steps(Dataset[_Made[Batch]], Generic[Batch]):
     """The steps of a run for torch's loader; what a user can mend comes as a value, or torch would wrap it."""
 
-    def __init__(self, make: Make, numbers: Sequence[int]):
+    def __init__(self, make: Make[Batch], numbers: Sequence[int]):
         self._make, self._numbers = make, numbers
 
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, step: int) -> _Made:
+    def __getitem__(self, step: int) -> _Made[Batch]:
         try:
             return self._make(self._numbers[step])
         except MegatronBertError as error:
             return error
 
 
-def _in_processes(make: Make, numbers: Sequence[int], loading: Loading) -> Iterator[list[Batch]]:
+def _in_processes(make: Make[Batch], numbers: Sequence[int], loading: Loading) -> Iterator[Sequence[Batch]]:
     loader = DataLoader(
         _Steps(make, numbers),
         batch_size=None,
@@ -198,7 +200,7 @@ def _in_processes(make: Make, numbers: Sequence[int], loading: Loading) -> Itera
         ) from error
 
 
-def _as_it_is(made: _Made) -> _Made:
+def _as_it_is(made: _Made[Batch]) -> _Made[Batch]:
     return made
 
 

@@ -27,8 +27,9 @@ _PIPELINES = {
     "MegatronBertForTokenClassification": "token-classification",
     "MegatronBertForQuestionAnswering": "question-answering",
 }  # no pipeline of transformers asks for the next sentence
-_LEARNED = ("data", "objective", "optimizer")
-_PLACES = ("data.corpus", "data.tokenizer")  # of these, only the name is anybody's business
+_LEARNED = ("task", "data", "objective", "optimizer")
+_PLACES = ("data.corpus", "data.tokenizer", "data.train", "data.validation", "data.test")
+"""Of these, only the name is anybody's business."""
 _PASSING = {"kind", "step", "seconds_left", "tokens_per_second"}
 _WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 
@@ -133,7 +134,10 @@ def _cell(value: JSON) -> str:
 
 
 def _shown(path: str, value: JSON) -> JSON:
-    return Path(value).name if path in _PLACES and isinstance(value, str) else value
+    if path not in _PLACES or value is None:
+        return value
+    places = value if isinstance(value, list) else [value]
+    return ", ".join(Path(str(place)).name for place in places)
 
 
 def _leaves(section: Mapping[str, JSON], path: str) -> Iterator[tuple[str, JSON]]:

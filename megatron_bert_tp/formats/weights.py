@@ -72,6 +72,17 @@ class ModelSource:
         )
 
 
+def open_encoder_weights(path: Path, *, verify: bool) -> ModelSource:
+    """Model whose encoder a task begins with; only with ``verify`` is a checkpoint compared with its SHA-256.
+
+    FormatError or CheckpointError when the path holds none.
+    """
+    check_model_path(path)
+    if verify or (path / CONFIG).is_file():
+        return ModelSource.open(path)
+    return ModelSource.of_checkpoint(Checkpoint.open(path))
+
+
 def open_weights(path: Path, shape: ModelShape, *, verify: bool) -> Reader:
     """Reader of the weights for a pretraining run in a Hugging Face directory, or in one of our checkpoints.
 

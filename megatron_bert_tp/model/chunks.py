@@ -68,7 +68,19 @@ class Chunks(Sequence[MegatronBertStage]):
         projections = [tied.projection for tied in found if tied.projection is not None]
         return TiedWeight(lookups[0] if lookups else None, projections[0] if projections else None)
 
+    def freeze_(self, num_layers: int | None) -> None:
+        """Keep embeddings and the lowest ``num_layers`` layers of the whole model as they are; None: all learn."""
+        if num_layers is None:
+            return
+        frozen = ("bert.embeddings.", *(f"bert.encoder.layer.{number}." for number in range(num_layers)))
+        for part in self.parts():
+            if part.name.startswith(frozen):
+                part.parameter.requires_grad_(False)
+
     def trained_parts(self) -> list[Part]:
-        """Parts that have a gradient, both copies of a tied weight too; not positions that nothing reads."""
+        """Parts that have a gradient, both copies of a tied weight too.
+
+        Not those that are frozen, nor positions that nothing reads.
+        """
         idle = {"bert.embeddings.position_embeddings.weight"} if self.shape.is_relative else set()
-        return [part for part in self.parts() if part.name not in idle]
+        return [part for part in self.parts() if part.name not in idle and part.parameter.requires_grad]

@@ -25,12 +25,25 @@ class LabelLoss(Protocol):
         """Sum of the losses of all labels that count: a scalar."""
 
 
+@dataclass(frozen=True)
 class CrossEntropy:
-    """One class of several: logits ``[..., classes]``, labels ``[...]`` int64."""
+    """One class of several: logits ``[..., classes]``, labels ``[...]`` int64.
+
+    ``smoothing`` spreads that share of each label evenly over all classes (Szegedy et al. 2016, section 7).  With
+    ``weights``, one for each class, a label counts as much as its class weighs.
+    """
+
+    smoothing: float = 0.0
+    weights: tuple[float, ...] | None = None
 
     def count(self, labels: Tensor) -> Tensor:
-        """Labels that are not -100."""
-        return (labels != IGNORED).sum()
+        """Labels that are not -100, or the sum of their weights (float64)."""
+        is_label = labels != IGNORED
+        if self.weights is None:
+            return is_label.sum()
+        check_classes(labels, len(self.weights))
+        weights = torch.tensor(self.weights, dtype=torch.float64, device=labels.device)
+        return weights[labels[is_label]].sum()
 
     def total(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Sum of negative log likelihoods; ArgumentError for a label that is none of the classes."""
@@ -40,7 +53,14 @@ class CrossEntropy:
                 f"labels have the shape {tuple(labels.shape)}; it must be {tuple(logits.shape[:-1])}, a class each"
             )
         check_classes(labels, logits.shape[-1])
-        return F.cross_entropy(rows, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(
+            rows,
+            labels.flatten(),
+            weight=None if self.weights is None else rows.new_tensor(self.weights),
+            ignore_index=IGNORED,
+            reduction="sum",
+            label_smoothing=self.smoothing,
+        )
 
 
 class SquaredError:

@@ -6,7 +6,7 @@ tokens and pairs of the whole step is counted first (labels are data) and every 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -85,3 +85,24 @@ def losses_of_step(statistics: Tensor, counts: Counts) -> Losses:
     mlm, mlm_right, nsp, nsp_right = statistics.tolist()
     masked, pairs = max(1, counts.masked), max(1, counts.pairs)
     return Losses(mlm / masked, mlm_right / masked, nsp / pairs, nsp_right / pairs)
+
+
+@dataclass(frozen=True)
+class PretrainingObjective:
+    """What a step of pretraining minimises, for a vocabulary of ``num_classes`` words split over ``tensor``."""
+
+    num_classes: int
+    tensor: Axis
+    num_statistics: ClassVar[int] = 4
+
+    def count(self, batches: Sequence[Labels], data: Axis, device: torch.device) -> Counts:
+        """Labels of a step, over all data ranks."""
+        return count(batches, data, device)
+
+    def share(self, output: PretrainingLogits, batch: Labels, counts: Counts) -> tuple[Tensor, Tensor]:
+        """This microbatch's share of the loss, and its statistics."""
+        return microbatch_loss(output, batch, counts, num_classes=self.num_classes, tensor=self.tensor)
+
+    def losses(self, statistics: Tensor, counts: Counts) -> Losses:
+        """Losses of the step from the statistics of all its microbatches."""
+        return losses_of_step(statistics, counts)

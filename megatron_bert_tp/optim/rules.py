@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_bert_tp.optim import apex
 from megatron_bert_tp.optim.lamb import Lamb
+from megatron_bert_tp.optim.rate_factors import RateFactor, same_rate
 from megatron_bert_tp.optim.roles import is_decayed
 from megatron_bert_tp.parallel.ownership import Owned
 
@@ -51,6 +52,7 @@ def build_optimizer(
     numbers: OptimizerNumbers,
     *,
     sum_over_owners: SumOverOwners,
+    factor: RateFactor = same_rate,
     fused: str = "torch",
 ) -> torch.optim.Optimizer:
     """Optimizer of all ``owned`` rectangles, with its gradients in place and its moments at zero.
@@ -58,20 +60,21 @@ def build_optimizer(
     ``owned`` has the same tensors in the same order on all ranks between which ``sum_over_owners`` adds a
     float64 vector: those that hold other rectangles of these tensors (tensor axis and owners).  It adds in
     place and returns the vector; every step of LAMB calls it once on every rank, the others never.
-    ``fused`` is whose kernels run: torch or apex.  Raises `ConfigError` where apex is not installed.
+    ``factor`` is on the rate of a tensor, by its name.  ``fused`` is whose kernels run: torch or apex.  Raises
+    `ConfigError` where apex is not installed.
     """
     for each in owned:
         each.weight.grad = each.gradient
-    work = _Work(_groups(owned, numbers), owned, numbers, sum_over_owners)
+    work = _Work(_groups(owned, numbers, factor), owned, numbers, sum_over_owners)
     optimizer = _BUILDERS[fused, numbers.name](work)
     restart_(optimizer, 0)
     return optimizer
 
 
 def step_(optimizer: torch.optim.Optimizer, *, rate: float, weight_decay: float) -> None:
-    """One update with learning rate ``rate``; biases and LayerNorms do not decay."""
+    """One update with learning rate ``rate``, times the factor of a group; biases and LayerNorms do not decay."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["factor"]
         group["weight_decay"] = weight_decay if group["is_decayed"] else 0.0
     optimizer.step()
 
@@ -108,17 +111,24 @@ def moment_of(optimizer: torch.optim.Optimizer, kind: str) -> Callable[[Owned], 
     return tensor_of
 
 
-def _groups(owned: Sequence[Owned], numbers: OptimizerNumbers) -> list[dict[str, Any]]:
-    """Decayed and other weights; a group without any is left out unless both are."""
+def _groups(owned: Sequence[Owned], numbers: OptimizerNumbers, factor: RateFactor) -> list[dict[str, Any]]:
+    """Weights of one rate, decayed and not; a group without any is left out unless all are."""
     # apex drops the work of a whole list whose last tensor is empty.
     held = [each for each in owned if each.weight.numel()]
+    factors = sorted({factor(each.part.name) for each in owned} or {1.0}, reverse=True)
     groups = [
         {
-            "params": [each.weight for each in held if is_decayed(each.part.name) is decayed],
+            "params": [
+                each.weight
+                for each in held
+                if is_decayed(each.part.name) is decayed and factor(each.part.name) == own
+            ],
             "weight_decay": numbers.weight_decay if decayed else 0.0,
             "is_decayed": decayed,
+            "factor": own,
             "kinds": kinds_of(numbers.name),
         }
+        for own in factors
         for decayed in (True, False)
     ]
     return [group for group in groups if group["params"]] or groups

@@ -66,11 +66,18 @@ class Gradients:
     """
 
     def __init__(
-        self, parts: Sequence[Part], names: Sequence[str], *, tied: TiedWeight | None, reduction: Reduction
+        self,
+        parts: Sequence[Part],
+        names: Sequence[str],
+        *,
+        tied: TiedWeight | None,
+        reduction: Reduction,
+        device: torch.device | None = None,
     ) -> None:
         """``names`` are the tensors of the whole model, in the order in which the norm adds them.
 
-        ``parts`` are all that an optimizer moves.  Backwards of them lose ``parameter.grad`` to the buckets.
+        ``parts`` are all that an optimizer moves, none where all of a stage is frozen; then ``device`` says where
+        this rank computes.  Backwards of them lose ``parameter.grad`` to the buckets.
         """
         self._reduction, self._place = reduction, {name: index for index, name in enumerate(names)}
         self.names = tuple(names)
@@ -80,7 +87,8 @@ class Gradients:
         self._pending: dict[int, _Pending] = {}
         self._num_microbatches = 0
         early, late, tied_parts = self._sorted(parts)
-        dtype, self._device = parts[0].parameter.dtype, parts[0].parameter.device
+        dtype = parts[0].parameter.dtype if parts else torch.float32
+        self._device = parts[0].parameter.device if parts else device or torch.device("cpu")
         self._dtype = torch.float32 if dtype in NARROW else dtype
         # The last layers have their gradients first.
         runs = in_buckets(early[::-1], reduction.bucket_bytes, self._dtype.itemsize)
@@ -167,7 +175,8 @@ class Gradients:
         return any(slot.part.parameter is part.parameter for bucket in self._of_tied for slot in bucket.slots)
 
     def _multiply(self, factor: float) -> None:
-        torch._foreach_mul_([bucket.own for bucket in self.buckets], factor)
+        if self.buckets:
+            torch._foreach_mul_([bucket.own for bucket in self.buckets], factor)
 
     def _sorted(self, parts: Sequence[Part]) -> tuple[list[Part], list[Part], list[Part]]:
         """Parts that are done after the last backward; those that tensor ranks hold terms of; and the tied one."""

@@ -56,11 +56,11 @@ class _Alive:
     """What a backward needs of its forward: the leaf that was received, and the place in the graph to begin at.
 
     The output itself is not here: the stage that gets it has its own copy.  ``grad`` is the gradient of a loss,
-    which nobody sends.
+    which nobody sends.  ``output`` is None where nothing before it learns.
     """
 
     received: Tensor | None
-    output: GradientEdge
+    output: GradientEdge | None
     grad: Tensor | None = None
 
 
@@ -141,14 +141,17 @@ class Executor(Generic[BatchT]):
         else:
             self._hand_on(flight, compute, output.detach())
         if flight.trains:
-            flight.alive[compute.microbatch, compute.chunk] = _Alive(received, get_gradient_edge(output), grad)
+            edge = get_gradient_edge(output) if output.requires_grad else None
+            flight.alive[compute.microbatch, compute.chunk] = _Alive(received, edge, grad)
 
     def _backward(self, flight: _Flight[BatchT], compute: Compute) -> None:
         """The joint backward, or the input gradient alone with the weights' products put off."""
         key = compute.microbatch, compute.chunk
         alive = flight.alive.pop(key)
         grad = self._take(flight, compute) if alive.grad is None else alive.grad
-        if compute.phase is Phase.INPUT_GRADIENT:
+        if alive.output is None:
+            flight.deferred[key] = []
+        elif compute.phase is Phase.INPUT_GRADIENT:
             with self._stages[compute.chunk].weight_gradients.put_off() as flight.deferred[key]:
                 torch.autograd.backward(alive.output, grad)
         else:

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from megatron_bert_tp.checkpoint.durable import JSON
-from megatron_bert_tp.prediction.encoding import Row, TextEncoder
 from megatron_bert_tp.prediction.heads import Output, Setup
 from megatron_bert_tp.prediction.samples import Sample
+from megatron_bert_tp.text.encoder import Row, TextEncoder
 
 Record = dict[str, JSON]
 Answer = Callable[[Sample, Sequence[Row], Sequence[Output], Setup], Record]

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bert_tp.parallel.mesh import Axis
-from megatron_bert_tp.prediction.encoding import Row
+from megatron_bert_tp.text.encoder import Row
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from megatron_bert_tp.prediction.answers import Record
-from megatron_bert_tp.prediction.encoding import Row
 from megatron_bert_tp.prediction.heads import Output, Setup
 from megatron_bert_tp.prediction.samples import Sample
+from megatron_bert_tp.text.encoder import Row
 
 OUTSIDE = "O"
 

@@ -13,7 +13,7 @@ from megatron_bert_tp.family.heads import whole_vocabulary
 from megatron_bert_tp.family.passes import Passed
 from megatron_bert_tp.prediction.arguments import Options
 from megatron_bert_tp.prediction.batches import Batch
-from megatron_bert_tp.prediction.encoding import TextEncoder
+from megatron_bert_tp.text.encoder import TextEncoder
 
 Output = tuple[Tensor, ...]
 _LARGEST_LOGITS = 2**24  # numbers of the vocabulary's logits at once: 64 MiB of float32

@@ -20,10 +20,10 @@ from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.prediction.answers import Record
 from megatron_bert_tp.prediction.arguments import Options
 from megatron_bert_tp.prediction.batches import Batch, by_length, shared
-from megatron_bert_tp.prediction.encoding import Row, open_encoder
 from megatron_bert_tp.prediction.heads import Output, Setup, compute
 from megatron_bert_tp.prediction.samples import Sample, read_line
 from megatron_bert_tp.prediction.tasks import TASKS, Task, tasks_of
+from megatron_bert_tp.text.encoder import Row, open_encoder
 
 
 @dataclass(frozen=True)

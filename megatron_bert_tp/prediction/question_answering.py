@@ -9,9 +9,9 @@ import numpy.typing as npt
 from megatron_bert_tp.errors import ConfigError
 from megatron_bert_tp.prediction.answers import Record
 from megatron_bert_tp.prediction.arguments import Options
-from megatron_bert_tp.prediction.encoding import Row, TextEncoder
 from megatron_bert_tp.prediction.heads import Output, Setup
 from megatron_bert_tp.prediction.samples import Sample
+from megatron_bert_tp.text.encoder import Row, TextEncoder
 
 WINDOW, STRIDE = 384, 128
 _NOWHERE = -10000.0  # logit of what is no part of the context

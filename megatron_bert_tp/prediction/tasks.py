@@ -7,7 +7,6 @@ from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.model.shape import HEADS
 from megatron_bert_tp.prediction.answers import Answer, choice, classes, filled_masks, following, states
 from megatron_bert_tp.prediction.arguments import Options
-from megatron_bert_tp.prediction.encoding import Row, TextEncoder
 from megatron_bert_tp.prediction.entities import entities
 from megatron_bert_tp.prediction.heads import (
     Head,
@@ -19,6 +18,7 @@ from megatron_bert_tp.prediction.heads import (
 )
 from megatron_bert_tp.prediction.question_answering import answers, context_windows
 from megatron_bert_tp.prediction.samples import LineFormat, Sample
+from megatron_bert_tp.text.encoder import Row, TextEncoder
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,22 @@
-"""From settings to a trainer: the one place, beside the entry points, that sees the whole `Config`."""
+"""From a recipe to a trainer: stages, optimizer and gradients of one rank."""
 
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_bert_tp.checkpoint.read import Checkpoint
-from megatron_bert_tp.config.schema import Config, ModelConfig
+from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.data.loader import Loading, StepLoader
 from megatron_bert_tp.model.chunks import Chunks
 from megatron_bert_tp.model.recompute import Recompute
-from megatron_bert_tp.model.shape import ModelShape, tensor_shapes
+from megatron_bert_tp.model.shape import tensor_shapes
 from megatron_bert_tp.model.stage import MegatronBertStage
+from megatron_bert_tp.objectives.pretraining import PretrainingObjective
 from megatron_bert_tp.optim.apex import mixed_layer_norm
 from megatron_bert_tp.optim.loss_scale import LossScale
+from megatron_bert_tp.optim.rate_factors import rate_factor
 from megatron_bert_tp.optim.rules import build_optimizer
 from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.parallel.collectives import sum_over_
@@ -21,7 +24,6 @@ from megatron_bert_tp.parallel.gradients import Gradients, Reduction
 from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
 from megatron_bert_tp.parallel.ownership import OwnedWeights
 from megatron_bert_tp.parallel.triton_dropout import kernels_for
-from megatron_bert_tp.pipeline.partition import StagePlan, partition, stage_costs
 from megatron_bert_tp.pipeline.placement import Placement
 from megatron_bert_tp.reliability.actions import Actions
 from megatron_bert_tp.training.anomalies import NormHistory
@@ -33,6 +35,8 @@ from megatron_bert_tp.training.numbers import (
     update_numbers,
 )
 from megatron_bert_tp.training.passes import Passes
+from megatron_bert_tp.training.pipeline import Pipeline
+from megatron_bert_tp.training.recipe import Recipe, pretraining_recipe
 from megatron_bert_tp.training.resume import samples_at_the_end, samples_done
 from megatron_bert_tp.training.state import (
     fill_masters_,
@@ -42,14 +46,42 @@ from megatron_bert_tp.training.state import (
     weights_source,
 )
 from megatron_bert_tp.training.texts import Texts
-from megatron_bert_tp.training.trainer import Pace, Trainer
+from megatron_bert_tp.training.trainer import Objective, Pace, Trainer
 from megatron_bert_tp.training.update import Updater
 
+Take = Callable[[int], Sequence[Any]]
+"""From the samples done to this replica's microbatches of the step that follows them."""
 
-def build_trainer(
+
+def build_pretrainer(
     config: Config,
     mesh: ParallelMesh,
     texts: Texts,
+    *,
+    agreement: Agreement,
+    device: torch.device,
+    checkpoint: Checkpoint | None = None,
+    actions: Actions | None = None,
+) -> Trainer:
+    """Trainer of pretraining over ``texts``."""
+    objective = PretrainingObjective(config.model.vocab_size, mesh.tensor)
+    return build_trainer(
+        pretraining_recipe(config),
+        mesh,
+        objective,
+        texts.training.take,
+        agreement=agreement,
+        device=device,
+        checkpoint=checkpoint,
+        actions=actions,
+    )
+
+
+def build_trainer(
+    recipe: Recipe,
+    mesh: ParallelMesh,
+    objective: Objective,
+    take: Take,
     *,
     agreement: Agreement,
     device: torch.device,
@@ -60,46 +92,58 @@ def build_trainer(
 
     ``actions`` is told what this rank does while it trains.
     """
-    passes = Passes(config.parallel)
-    passes.check_batches(microbatches_of_steps(config, mesh.data.size))
-    chunks = _chunks(config, mesh, passes.placement, device)
+    pipeline = build_pipeline(recipe, mesh, device=device, actions=actions)
+    pipeline.passes.check_batches(microbatches_of_steps(recipe, mesh.data.size))
+    chunks = pipeline.chunks
+    chunks.freeze_(recipe.frozen_layers)
     with together(agreement):
-        fill = weights_source(config, chunks.shape, checkpoint, checks=mesh.is_first)
+        fill = weights_source(recipe, checkpoint, checks=mesh.is_first)
         fill((part, part.view(part.parameter)) for part in chunks.parts())
-        updater = _updater(config, mesh, chunks, checkpoint=checkpoint, actions=actions)
+        updater = _updater(recipe, pipeline, checkpoint=checkpoint)
         fill_masters_(updater, fill)
         if checkpoint is not None:
-            load_moments_(updater, config.optimizer.name, checkpoint)
+            load_moments_(updater, recipe.optimizer.name, checkpoint)
     steps, samples = (checkpoint.step, samples_done(checkpoint)) if checkpoint else (0, 0)
-    end = samples_at_the_end(config, steps_done=steps, samples_done=samples)
+    end = samples_at_the_end(recipe.optimizer, steps_done=steps, samples_done=samples)
     return Trainer(
-        chunks,
+        pipeline,
         updater,
-        texts,
-        _steps(config, texts, device, end=end),
-        mesh=mesh,
+        objective,
+        _steps(recipe, take, device, end=end),
         agreement=agreement,
-        passes=passes,
-        device=device,
-        pace=_pace(config),
+        pace=Pace(recipe.optimizer.steps, batch_size(recipe.optimizer), recipe.run.save_every),
         steps_done=steps,
         samples_done=samples,
-        actions=actions,
     )
 
 
-def _chunks(config: Config, mesh: ParallelMesh, placement: Placement, device: torch.device) -> Chunks:
+def build_pipeline(
+    recipe: Recipe, mesh: ParallelMesh, *, device: torch.device, actions: Actions | None = None
+) -> Pipeline:
+    """The stages of this rank, without weights as yet, and the programs that run them."""
+    passes = Passes(recipe.parallel)
+    return Pipeline(
+        chunks=_chunks(recipe, mesh, passes.placement, device),
+        passes=passes,
+        mesh=mesh,
+        device=device,
+        actions=actions or Actions.silent(),
+    )
+
+
+def _chunks(recipe: Recipe, mesh: ParallelMesh, placement: Placement, device: torch.device) -> Chunks:
     """The empty stages of this rank."""
-    shape, plans, parallel = model_shape(config), stage_plans(config), config.parallel
-    dtype = getattr(torch, config.optimizer.precision)
+    parallel = recipe.parallel
+    dtype = getattr(torch, recipe.optimizer.precision)
     with device:  # made there: moving a stage would part the two leaves of a tied weight
         chunks = Chunks(
             [
                 MegatronBertStage(
-                    shape,
-                    plans[stage],
+                    recipe.shape,
+                    recipe.plans[stage],
                     axis=mesh.tensor,
-                    seed=config.optimizer.seed,
+                    head=recipe.head,
+                    seed=recipe.optimizer.seed,
                     dtype=dtype,
                     kernels=kernels_for(device, dtype),
                     splits_sequence=parallel.sequence,
@@ -108,23 +152,23 @@ def _chunks(config: Config, mesh: ParallelMesh, placement: Placement, device: to
                 for stage in placement.stages[mesh.pipeline.rank]
             ]
         )
-        if config.run.fused == "apex":
+        if recipe.run.fused == "apex":
             chunks.use_norm_(mixed_layer_norm())
     return chunks
 
 
-def _updater(
-    config: Config, mesh: ParallelMesh, chunks: Chunks, *, checkpoint: Checkpoint | None, actions: Actions | None
-) -> Updater:
-    parallel = config.parallel
+def _updater(recipe: Recipe, pipeline: Pipeline, *, checkpoint: Checkpoint | None) -> Updater:
+    parallel, mesh, chunks = recipe.parallel, pipeline.mesh, pipeline.chunks
     reduction = Reduction(
         mesh=mesh,
         owners=mesh.data if parallel.shard_optimizer else Axis.alone("data"),
         splits_sequence=parallel.sequence and mesh.tensor.size > 1,
         bucket_bytes=parallel.bucket_megabytes << 20,
     )
-    names = list(tensor_shapes(chunks.shape))
-    gradients = Gradients(chunks.trained_parts(), names, tied=chunks.tied(), reduction=reduction)
+    names = list(tensor_shapes(recipe.shape, recipe.head))
+    gradients = Gradients(
+        chunks.trained_parts(), names, tied=chunks.tied(), reduction=reduction, device=pipeline.device
+    )
     for stage in chunks:
         stage.weight_gradients.deliver = gradients.accumulate
     weights = OwnedWeights(gradients, reduction.owners)
@@ -132,7 +176,7 @@ def _updater(
     def sum_over_owners(vector: Tensor) -> Tensor:
         return sum_over_(sum_over_(vector, mesh.tensor), reduction.owners)
 
-    numbers = update_numbers(config.optimizer, config.run.anomalies)
+    numbers = update_numbers(recipe.optimizer, recipe.run.anomalies)
     scale = None if checkpoint is None else loss_scale_of(checkpoint)
     if scale is None and numbers.loss_scale is not None:
         scale = LossScale.begin(numbers.loss_scale)
@@ -141,58 +185,24 @@ def _updater(
         weights,
         build_optimizer(
             weights.owned,
-            optimizer_numbers(config.optimizer),
+            optimizer_numbers(recipe.optimizer),
             sum_over_owners=sum_over_owners,
-            fused=config.run.fused,
+            factor=rate_factor(recipe.shape.num_hidden_layers, recipe.layer_decay),
+            fused=recipe.run.fused,
         ),
         numbers,
         updates_done=0 if checkpoint is None else updates_of(checkpoint),
         loss_scale=scale if numbers.loss_scale is not None else None,
         history=None if checkpoint is None else NormHistory.from_facts(checkpoint.facts),
-        actions=actions,
+        actions=pipeline.actions,
     )
 
 
-def _steps(config: Config, texts: Texts, device: torch.device, *, end: int) -> StepLoader:
+def _steps(recipe: Recipe, take: Take, device: torch.device, *, end: int) -> StepLoader[Any]:
     loading = Loading(
-        num_workers=config.run.data_workers,
+        num_workers=recipe.run.data_workers,
         pins_memory=device.type == "cuda",
-        timeout_seconds=config.run.timeout_seconds,
+        timeout_seconds=recipe.run.timeout_seconds,
     )
-    size_of = batch_size(config.optimizer).global_batch_at
-    return StepLoader(texts.training.take, size_of=size_of, end=end, loading=loading)
-
-
-def model_shape(config: Config) -> ModelShape:
-    """The sizes of the model among the settings."""
-    settable = {field.name for field in fields(ModelConfig)}
-    names = [field.name for field in fields(ModelShape) if field.name in settable]
-    return ModelShape(**{name: getattr(config.model, name) for name in names})
-
-
-def stage_plans(config: Config) -> tuple[StagePlan, ...]:
-    """Which layers each (virtual) stage holds, the weight of the MLM head at the masked positions considered."""
-    model = config.model
-    costs = stage_costs(
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        vocab_size=model.vocab_size,
-        sequence_length=config.data.sequence_length,
-        predicted_share=config.objective.masking.probability,
-    )
-    return partition(
-        model.num_hidden_layers,
-        config.parallel.pipeline * config.parallel.virtual,
-        embedding_cost=costs.embedding,
-        head_cost=costs.head,
-    )
-
-
-def _pace(config: Config) -> Pace:
-    return Pace(
-        steps=config.optimizer.steps,
-        batch=batch_size(config.optimizer),
-        save_every=config.run.save_every,
-        evaluate_every=config.run.evaluate_every,
-        evaluation_samples=config.run.evaluation_samples,
-    )
+    size_of = batch_size(recipe.optimizer).global_batch_at
+    return StepLoader(take, size_of=size_of, end=end, loading=loading)

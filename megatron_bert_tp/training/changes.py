@@ -1,23 +1,27 @@
 """Settings that decide the loss curve, and which of them are not those of a checkpoint."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_bert_tp.checkpoint.durable import JSON
 from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.config.dump import flat
 from megatron_bert_tp.config.schema import Config, OptimizerConfig
 from megatron_bert_tp.config.settings import all_settings
+from megatron_bert_tp.config.task_schema import TaskRun
 from megatron_bert_tp.errors import ConfigError
 
+Settings = Config | TaskRun
 SETTINGS, CORPORA = "settings", "corpora"
 """Facts of a checkpoint: all settings of its run, and what tells its corpora apart from others."""
-_LEARNED = ("model", "data", "objective", "optimizer")
-# Where the same content lies does not matter (both are compared by content), nor what step 0 started from.
-_FREE = {"data.corpus", "data.tokenizer", "model.weights"}
+_LEARNED = ("model", "task", "data", "objective", "optimizer")
+# Where the same content lies does not matter (it is compared by content), nor what step 0 started from.
+_FREE = {"data.corpus", "data.tokenizer", "model.weights", "data.train", "data.validation", "data.test"}
+_TEXTS = ("data.corpus", "data.train")
+"""What is read to learn from: the one of the two that the settings have."""
 _ENDLESS = ("constant", "inverse_square_root")
 
 
-def check_changes(checkpoint: Checkpoint, config: Config, corpora: list[str]) -> list[str]:
+def check_changes(checkpoint: Checkpoint, config: Settings, corpora: Sequence[str]) -> list[str]:
     """What decides the loss curve and differs from the run of the checkpoint, as ``path: old -> new``.
 
     ``corpora`` are fingerprints of the corpora, as in the fact `CORPORA`.  ConfigError where anything differs,
@@ -33,31 +37,35 @@ def check_changes(checkpoint: Checkpoint, config: Config, corpora: list[str]) ->
     )
 
 
-def changed_settings(facts: Mapping[str, JSON], config: Config, corpora: list[str]) -> list[str]:
+def changed_settings(facts: Mapping[str, JSON], config: Settings, corpora: Sequence[str]) -> list[str]:
     """Each difference in a line; a setting that was not there at the time had its default."""
     stored = facts.get(SETTINGS)
     if not isinstance(stored, Mapping):
         return []
-    before = dict(_leaves(stored, ""))
-    free = _FREE | ({"optimizer.steps"} if _is_endless(config.optimizer) else set())
+    before, values = dict(_leaves(stored, "")), flat(config)
+    endless = isinstance(config.optimizer, OptimizerConfig) and _is_endless(config.optimizer)
+    free = _FREE | ({"optimizer.steps"} if endless else set())
     changes = []
-    for path, value in flat(config).items():
+    for path, value in values.items():
         now = list(value) if isinstance(value, tuple) else value
         if path.partition(".")[0] not in _LEARNED or path in free:
             continue
-        old = before.get(path, _default(path))
+        old = before.get(path, _default(path, config))
         if old != now:
             changes.append(f"{path}: {old} -> {now}")
-    return changes + _changed_corpora(facts.get(CORPORA), before.get("data.corpus"), config, corpora)
+    texts = next(path for path in _TEXTS if path in values)
+    return changes + _changed_texts(texts, facts.get(CORPORA), before.get(texts), values[texts], corpora)
 
 
-def _changed_corpora(stored: JSON, old: object, config: Config, corpora: list[str]) -> list[str]:
+def _changed_texts(
+    path: str, stored: JSON, old: object, given: object, corpora: Sequence[str]
+) -> list[str]:
     """Another text; an older checkpoint knows nothing but the names."""
-    new = list(config.data.corpus)
-    is_same = old == new if stored is None else stored == corpora
+    new = list(given) if isinstance(given, tuple) else given
+    is_same = old == new if stored is None else stored == list(corpora)
     if is_same:
         return []
-    return [f"data.corpus: {old} -> {new}" if old != new else f"data.corpus: {new} has another content now"]
+    return [f"{path}: {old} -> {new}" if old != new else f"{path}: {new} has another content now"]
 
 
 def _is_endless(optimizer: OptimizerConfig) -> bool:
@@ -67,8 +75,9 @@ def _is_endless(optimizer: OptimizerConfig) -> bool:
     return not has_end and optimizer.weight_decay_ramp == "constant"
 
 
-def _default(path: str) -> object:
-    default = all_settings()[path].default
+def _default(path: str, config: Settings) -> object:
+    root: type = type(config)
+    default = all_settings(root)[path].default
     return list(default) if isinstance(default, tuple) else default
 
 

@@ -118,7 +118,8 @@ class Watch:
         for parameter in module.parameters():
             take = partial(self._of_parameter, stage, owners[id(parameter)], parts[id(parameter)])
             given[id(parameter)] = take
-            hold(parameter.register_hook(take))
+            if parameter.requires_grad:
+                hold(parameter.register_hook(take))
         stack.callback(setattr, module.weight_gradients, "deliver", module.weight_gradients.deliver)
         module.weight_gradients.deliver = _watched(module.weight_gradients.deliver, given)
 

@@ -4,15 +4,19 @@ import time
 from collections import deque
 from dataclasses import asdict
 from statistics import median
+from typing import TYPE_CHECKING, cast
 
 from megatron_bert_tp.errors import StoppedError
-from megatron_bert_tp.objectives.pretraining import Losses
 from megatron_bert_tp.reliability.actions import Kind
+from megatron_bert_tp.training.evaluation import Evaluation
 from megatron_bert_tp.training.progress import Record
 from megatron_bert_tp.training.run_directory import RunDirectory
 from megatron_bert_tp.training.stopping import first_save_seconds
 from megatron_bert_tp.training.supervision import Supervision
-from megatron_bert_tp.training.trainer import StepReport, Trainer
+from megatron_bert_tp.training.trainer import StepLosses, StepReport, Trainer
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _RECENT = 50
 
@@ -20,8 +24,11 @@ _RECENT = 50
 class Loop:
     """A run on one rank, from where its trainer stands."""
 
-    def __init__(self, trainer: Trainer, directory: RunDirectory, supervision: Supervision) -> None:
+    def __init__(
+        self, trainer: Trainer, directory: RunDirectory, supervision: Supervision, evaluation: Evaluation
+    ) -> None:
         self._trainer, self._directory, self._supervision = trainer, directory, supervision
+        self._evaluation = evaluation
         self._seconds: deque[float] = deque(maxlen=_RECENT)
         self._saved_steps = trainer.steps_done
         self._evaluation_seconds = 0.0
@@ -37,7 +44,7 @@ class Loop:
         trainer = self._trainer
         if self._is_evaluated and self._directory.lacks_evaluation(trainer.steps_done):
             self._evaluate()
-        while trainer.steps_done < trainer.pace.steps:
+        while not self.is_over:
             self._step()
             for line in self._supervision.look_after(trainer, is_saved=self._is_due(trainer.pace.save_every)):
                 self._directory.say(line)
@@ -48,6 +55,11 @@ class Loop:
                 self._evaluate()
                 self._meet()  # it may have taken long
         self._save_for_sure()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self._trainer.steps_done >= self._trainer.pace.steps or self._evaluation.is_over
 
     def _step(self) -> None:
         started = time.perf_counter()
@@ -70,7 +82,7 @@ class Loop:
         )
         if not is_writing:
             self._finish_save()
-        if reason is not None and trainer.steps_done < trainer.pace.steps:
+        if reason is not None and not self.is_over:
             self._stop(reason)
 
     def _begin_save(self) -> None:
@@ -114,26 +126,27 @@ class Loop:
         self._supervision.actions.enter(Kind.EVALUATION, f"evaluates after step {trainer.steps_done}")
         started = time.perf_counter()
         with self._supervision.actions.within(Kind.EVALUATION):
-            losses, counts = trainer.evaluate()
-        record: Record = {"step": trainer.steps_done, **_loss_fields(losses), "masked": counts.masked}
-        if trainer.steps_done == trainer.pace.steps:
-            record = {**record, "unigram_loss": trainer.unigram_loss(counts)}
-        self._directory.report_evaluation(record)
+            measured = self._evaluation.measure(trainer)
+        self._directory.report_evaluation(measured.record)
         self._evaluation_seconds = time.perf_counter() - started
+        if measured.is_best:
+            self._directory.keep_for_good(trainer.steps_done)
+            if self._saved_steps != trainer.steps_done:
+                self._supervision.check_before_save(trainer)
+                self._begin_save()
 
     @property
     def _is_evaluated(self) -> bool:
-        """Whether the step just done is one after which the held-out part is looked at."""
-        trainer = self._trainer
-        return trainer.texts.validation is not None and self._is_due(trainer.pace.evaluate_every)
+        """Whether there is an evaluation after the step just done."""
+        return self._evaluation.is_due(self._trainer.steps_done)
 
     def _is_due(self, every: int) -> bool:
         trainer = self._trainer
         return trainer.steps_done % every == 0 or trainer.steps_done == trainer.pace.steps
 
 
-def _loss_fields(losses: Losses) -> Record:
-    return {"loss": losses.loss, **asdict(losses)}
+def _loss_fields(losses: StepLosses) -> Record:
+    return {"loss": losses.loss, **asdict(cast("DataclassInstance", losses))}
 
 
 def _record(report: StepReport, seconds: deque[float], steps: int) -> Record:

@@ -1,12 +1,13 @@
 """From the settings of the optimizer to the numbers of a step: its size, rate, decay and loss scale."""
 
-from megatron_bert_tp.config.schema import AnomaliesConfig, Config, OptimizerConfig
+from megatron_bert_tp.config.schema import AnomaliesConfig, OptimizerConfig
 from megatron_bert_tp.optim.batch_size import BatchRamp, BatchSize
 from megatron_bert_tp.optim.learning_rate import Schedule, schedule_of
 from megatron_bert_tp.optim.loss_scale import LossScaleNumbers
 from megatron_bert_tp.optim.rules import OptimizerNumbers
 from megatron_bert_tp.optim.weight_decay import WeightDecay
 from megatron_bert_tp.training.anomalies import AnomalyNumbers
+from megatron_bert_tp.training.recipe import Recipe
 from megatron_bert_tp.training.update import UpdateNumbers
 
 
@@ -18,10 +19,11 @@ def batch_size(optimizer: OptimizerConfig) -> BatchSize:
     return BatchSize(optimizer.global_batch, BatchRamp(ramp.start, ramp.increment, ramp.samples))
 
 
-def microbatches_of_steps(config: Config, data_size: int) -> tuple[int, ...] | None:
+def microbatches_of_steps(recipe: Recipe, data_size: int) -> tuple[int, ...] | None:
     """How many microbatches of a replica the steps of the run may have; None where the samples decide."""
-    microbatch, full, ramp = config.parallel.microbatch, config.optimizer.global_batch, config.optimizer.batch_ramp
-    if config.parallel.packing != "none" or microbatch is None:
+    optimizer = recipe.optimizer
+    microbatch, full, ramp = recipe.parallel.microbatch, optimizer.global_batch, optimizer.batch_ramp
+    if recipe.parallel.packing != "none" or microbatch is None:
         return None
     smaller = () if ramp.start is None or ramp.increment is None else range(ramp.start, full, ramp.increment)
     return tuple(size // (microbatch * data_size) for size in (*smaller, full))

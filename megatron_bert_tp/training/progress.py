@@ -6,9 +6,11 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -89,6 +91,16 @@ def keep_records(path: Path, steps_done: int) -> list[dict[str, float | int | st
     return kept
 
 
+class Lines(Protocol):
+    """How records look on the console."""
+
+    def step(self, record: Record, steps: int) -> str:
+        """One step of ``steps``, with the time left at the present speed."""
+
+    def evaluation(self, record: Record) -> str:
+        """One evaluation."""
+
+
 class Reporter(AbstractContextManager["Reporter"]):
     """Console and metrics file of a run; made on the one rank that speaks for all."""
 
@@ -100,12 +112,9 @@ class Reporter(AbstractContextManager["Reporter"]):
         steps: int,
         steps_done: int,
         log_every: int,
-        pairs: str = "nsp",
-        shows_scale: bool = False,
+        lines: Lines,
     ) -> None:
-        """``pairs`` is the sentence-pair task; ``shows_scale`` is set where the loss is scaled."""
-        self._metrics, self._console = metrics, console
-        self._pairs, self._shows_scale = pairs, shows_scale
+        self._metrics, self._console, self._lines = metrics, console, lines
         self._steps, self._log_every = steps, log_every
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -153,32 +162,50 @@ class Reporter(AbstractContextManager["Reporter"]):
         number = int(record["step"])
         self._bar.update(self._task, completed=number)
         if number % self._log_every == 0 or number == self._steps or record["skipped"]:
-            self.say(step_line(record, self._steps, self._pairs, shows_scale=self._shows_scale))
+            self.say(self._lines.step(record, self._steps))
 
     def evaluation(self, record: Record) -> None:
-        """Report one evaluation on the held-out part."""
+        """Report one evaluation."""
         self._metrics.write({"kind": "evaluation", **record})
-        self.say(evaluation_line(record, self._pairs))
+        self.say(self._lines.evaluation(record))
 
 
-def step_line(record: Record, steps: int, pairs: str, *, shows_scale: bool = False) -> str:
-    """One step in a line, with the time left at the present speed; ``pairs`` is the sentence-pair task."""
+@dataclass(frozen=True)
+class PretrainingLines:
+    """``pairs`` is the sentence-pair task; ``shows_scale`` is set where the loss is scaled."""
+
+    pairs: str = "nsp"
+    shows_scale: bool = False
+
+    def step(self, record: Record, steps: int) -> str:
+        """Losses, accuracies and speed of a step."""
+        return (
+            f"step {record['step']:>6}/{steps}  loss {record['loss']:.4f}  mlm {record['mlm_loss']:.4f} "
+            f"({100 * float(record['mlm_accuracy']):.1f}%){self._pair_loss(record)}  "
+            f"{pace_of_step(record, shows_scale=self.shows_scale)}"
+        )
+
+    def evaluation(self, record: Record) -> str:
+        """Losses on the held-out part."""
+        unigram = f"  unigram {record['unigram_loss']:.4f}" if "unigram_loss" in record else ""
+        return (
+            f"held-out at step {record['step']}: mlm {record['mlm_loss']:.4f} "
+            f"({100 * float(record['mlm_accuracy']):.1f}%){self._pair_loss(record)}  "
+            f"{record['masked']:,} masked tokens{unigram}"
+        )
+
+    def _pair_loss(self, record: Record) -> str:
+        if self.pairs == "none":
+            return ""
+        return f"  {self.pairs} {record['nsp_loss']:.4f} ({100 * float(record['nsp_accuracy']):.0f}%)"
+
+
+def pace_of_step(record: Record, *, shows_scale: bool) -> str:
+    """Norm, rate and speed of a step, which are told of any training."""
     left = timedelta(seconds=round(float(record["seconds_left"])))
     return (
-        f"step {record['step']:>6}/{steps}  loss {record['loss']:.4f}  mlm {record['mlm_loss']:.4f} "
-        f"({100 * float(record['mlm_accuracy']):.1f}%){_pair_loss(record, pairs)}  "
         f"norm {record['grad_norm']:.3f}  rate {record['learning_rate']:.2e}{_scale(record, shows_scale)}  "
         f"{record['tokens_per_second']:,.0f} tokens/s  data {record['data_seconds']:.2f} s  left {left}"
-    )
-
-
-def evaluation_line(record: Record, pairs: str) -> str:
-    """One evaluation in a line."""
-    unigram = f"  unigram {record['unigram_loss']:.4f}" if "unigram_loss" in record else ""
-    return (
-        f"held-out at step {record['step']}: mlm {record['mlm_loss']:.4f} "
-        f"({100 * float(record['mlm_accuracy']):.1f}%){_pair_loss(record, pairs)}  "
-        f"{record['masked']:,} masked tokens{unigram}"
     )
 
 
@@ -186,9 +213,3 @@ def _scale(record: Record, shows_scale: bool) -> str:
     if not shows_scale:
         return ""
     return f"  scale {record['loss_scale']:g}{' overflowed, step skipped' if record['skipped'] else ''}"
-
-
-def _pair_loss(record: Record, pairs: str) -> str:
-    if pairs == "none":
-        return ""
-    return f"  {pairs} {record['nsp_loss']:.4f} ({100 * float(record['nsp_accuracy']):.0f}%)"

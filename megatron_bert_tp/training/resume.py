@@ -8,13 +8,14 @@ from megatron_bert_tp.checkpoint.choose import newest_whole, verified
 from megatron_bert_tp.checkpoint.directories import candidates, latest_checkpoint
 from megatron_bert_tp.checkpoint.durable import sha256_of
 from megatron_bert_tp.checkpoint.read import Checkpoint
-from megatron_bert_tp.config.schema import Config
+from megatron_bert_tp.config.schema import OptimizerConfig, RunConfig
 from megatron_bert_tp.errors import CheckpointError
 from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.training.changes import check_changes
 from megatron_bert_tp.training.failures import together
 from megatron_bert_tp.training.numbers import batch_size
-from megatron_bert_tp.training.run_directory import CHECKPOINTS, SAMPLES, tokenizer_name
+from megatron_bert_tp.training.recipe import Recipe
+from megatron_bert_tp.training.run_directory import CHECKPOINTS, SAMPLES
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,8 @@ class Beginning:
 
 
 def beginning(
-    config: Config,
+    recipe: Recipe,
     agreement: Agreement,
-    fingerprints: list[str],
     *,
     is_restart: bool = False,
     say: Callable[[str], None] = lambda _name: None,
@@ -40,14 +40,14 @@ def beginning(
 
     A launcher or a cluster that starts the same command anew (``is_restart``) goes on from what that has saved.
     CheckpointError where a checkpoint is damaged or does not fit; ConfigError where settings have changed that
-    decide the loss curve.  ``fingerprints`` are those of the corpora; ``say`` hears what is read.
+    decide the loss curve.  ``say`` hears what is read.
     """
-    begin = _named(config, agreement, is_restart=is_restart, say=say)
+    begin = _named(recipe.run, agreement, is_restart=is_restart, say=say)
     if begin.checkpoint is None:
         return begin
     with together(agreement):
-        _check_tokenizer(begin.checkpoint, config)
-        changes = check_changes(begin.checkpoint, config, fingerprints)
+        _check_tokenizer(begin.checkpoint, recipe)
+        changes = check_changes(begin.checkpoint, recipe.given, recipe.fingerprints)
     return Beginning(begin.checkpoint, begin.skipped, tuple(changes))
 
 
@@ -62,21 +62,21 @@ def samples_done(checkpoint: Checkpoint) -> int:
     return samples
 
 
-def samples_at_the_end(config: Config, *, steps_done: int, samples_done: int) -> int:
+def samples_at_the_end(optimizer: OptimizerConfig, *, steps_done: int, samples_done: int) -> int:
     """Samples that the run will have consumed; its first steps may have had another global batch."""
-    left = max(0, config.optimizer.steps - steps_done)
-    return batch_size(config.optimizer).samples_after(left, samples_done=samples_done)
+    left = max(0, optimizer.steps - steps_done)
+    return batch_size(optimizer).samples_after(left, samples_done=samples_done)
 
 
 def _named(
-    config: Config, agreement: Agreement, *, is_restart: bool, say: Callable[[str], None]
+    run: RunConfig, agreement: Agreement, *, is_restart: bool, say: Callable[[str], None]
 ) -> Beginning:
     """The newest whole checkpoint of the folder, none, or the one at the path that ``run.resume`` gives."""
-    checkpoints = Path(config.run.directory) / CHECKPOINTS
+    checkpoints = Path(run.directory) / CHECKPOINTS
     with together(agreement):
         found = bool(candidates(checkpoints))
     has_checkpoints = bool(agreement.maximum([found])[0])
-    if config.run.resume == "auto" or (is_restart and has_checkpoints):
+    if run.resume == "auto" or (is_restart and has_checkpoints):
         choice = newest_whole(checkpoints, agreement, begin=say)
         if choice.checkpoint is None and has_checkpoints:
             raise CheckpointError(
@@ -87,21 +87,22 @@ def _named(
     with together(agreement):
         if newest := latest_checkpoint(checkpoints):
             raise CheckpointError(
-                f"run.resume is {config.run.resume}, but {checkpoints} already holds {newest.name}, and the run "
+                f"run.resume is {run.resume}, but {checkpoints} already holds {newest.name}, and the run "
                 "would write over what follows; choose another run.directory, or go on from the newest with "
                 "run.resume=auto"
             )
-    if config.run.resume == "never":
+    if run.resume == "never":
         return Beginning(None)
-    say(config.run.resume)
-    return Beginning(verified(Path(config.run.resume), agreement))
+    say(run.resume)
+    return Beginning(verified(Path(run.resume), agreement))
 
 
-def _check_tokenizer(checkpoint: Checkpoint, config: Config) -> None:
+def _check_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """CheckpointError when the words have changed under the weights."""
-    kept = checkpoint.manifest.files.get(tokenizer_name(config))
-    if kept is None or kept.sha256 != sha256_of(Path(config.data.tokenizer)):
-        raise CheckpointError(
-            f"{config.data.tokenizer}: is not the tokenizer of {checkpoint.directory}, which lies in there; set "
-            "data.tokenizer to that one (and data.corpus to a corpus of it), or choose another run.directory"
-        )
+    for name, path in recipe.tokenizer_files.items():
+        kept = checkpoint.manifest.files.get(name)
+        if kept is None or kept.sha256 != sha256_of(path):
+            raise CheckpointError(
+                f"{path}: is not the tokenizer of {checkpoint.directory}, which lies in there; go on with that "
+                "one, and with data made with it, or choose another run.directory"
+            )

@@ -4,9 +4,9 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +16,6 @@ from megatron_bert_tp.checkpoint.background import Saver
 from megatron_bert_tp.checkpoint.durable import JSON, readable
 from megatron_bert_tp.checkpoint.model import MODEL
 from megatron_bert_tp.config.dump import to_dict, write_config
-from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.errors import CheckpointError
 from megatron_bert_tp.formats.convert import LOWERCASE
 from megatron_bert_tp.model.chunks import Chunks
@@ -26,10 +25,11 @@ from megatron_bert_tp.training.anomalies import AnomalyReport
 from megatron_bert_tp.training.changes import CORPORA, SETTINGS
 from megatron_bert_tp.training.failures import as_ours
 from megatron_bert_tp.training.progress import Record, Reporter
+from megatron_bert_tp.training.recipe import Recipe
 from megatron_bert_tp.training.state import facts_of, held_rectangles
 from megatron_bert_tp.training.update import Updater
 
-CHECKPOINTS, ANOMALIES = "checkpoints", "anomalies.jsonl"
+CHECKPOINTS, ANOMALIES, SETTINGS_FILE = "checkpoints", "anomalies.jsonl", "config.yaml"
 SAMPLES = "samples"
 """Fact of a checkpoint: the samples that its run has consumed."""
 
@@ -39,20 +39,18 @@ class RunDirectory:
 
     def __init__(
         self,
-        config: Config,
+        recipe: Recipe,
         *,
         mesh: ParallelMesh,
         agreement: Agreement,
         saver: Saver,
         reporter: Reporter | None,
-        fingerprints: Sequence[str],
         start: Path | None = None,
     ) -> None:
-        """``fingerprints`` are those of the corpora; ``start`` is the checkpoint that the run goes on from."""
-        self._config, self._reporter, self._saver = config, reporter, saver
+        """``start`` is the checkpoint that the run goes on from."""
+        self._recipe, self._reporter, self._saver = recipe, reporter, saver
         self._mesh, self._agreement = mesh, agreement
-        self._fingerprints = fingerprints
-        self.path = Path(config.run.directory)
+        self.path = recipe.directory
         self._start = start
         self.save_seconds: float | None = None
         """Time that the latest checkpoint took."""
@@ -94,7 +92,7 @@ class RunDirectory:
     @property
     def saves_in_background(self) -> bool:
         """Whether a checkpoint that was begun is written while the run goes on."""
-        return self._config.run.save_in_background
+        return self._recipe.run.save_in_background
 
     @property
     def is_writing(self) -> bool:
@@ -103,14 +101,17 @@ class RunDirectory:
 
     def begin_save(self, chunks: Chunks, updater: Updater, *, steps_done: int, samples_done: int) -> None:
         """Begin to write a checkpoint of what all ranks hold, each tensor once."""
-        name = tokenizer_name(self._config)
         self.is_saving = True
         self._saver.begin(
             steps_done,
-            held_rectangles(chunks, updater, self._config.optimizer.name, self._mesh),
+            held_rectangles(chunks, updater, self._recipe.optimizer.name, self._mesh),
             facts={**self._facts(chunks, samples_done), **facts_of(updater)},
-            attachments={name: self.path / name},
+            attachments={name: self.path / name for name in self._recipe.tokenizer_files},
         )
+
+    def keep_for_good(self, step: int) -> None:
+        """Keep the checkpoint of ``step`` until another step is named; every rank must call it."""
+        self._saver.keep = replace(self._saver.keep, best=step)
 
     def finish_save(self, *, must_succeed: bool = False) -> bool:
         """Wait for the checkpoint that is being written, and tell of it; False where it failed.
@@ -124,7 +125,7 @@ class RunDirectory:
         try:
             saved = self._saver.finish()
         except CheckpointError as error:
-            if must_succeed or self._config.run.save_failure == "stop":
+            if must_succeed or self._recipe.run.save_failure == "stop":
                 raise
             self.say(f"not saved: {error}\ntraining goes on; the next checkpoint is tried when it is due")
             return False
@@ -141,7 +142,7 @@ class RunDirectory:
         try:
             yield
         except OSError as error:
-            if self._config.run.save_failure == "stop":
+            if self._recipe.run.save_failure == "stop":
                 raise
             if not self._lacks_records:
                 self.say(f"{as_ours(error)}; records from here on are missing until they can be written")
@@ -155,25 +156,21 @@ class RunDirectory:
     def _facts(self, chunks: Chunks, samples: int) -> Mapping[str, JSON]:
         return {
             MODEL: asdict(chunks.shape),
-            SETTINGS: cast(JSON, to_dict(self._config)),
-            CORPORA: list(self._fingerprints),
-            LOWERCASE: self._config.data.lowercase,
+            SETTINGS: cast(JSON, to_dict(self._recipe.given)),
+            CORPORA: list(self._recipe.fingerprints),
+            LOWERCASE: self._recipe.lowercase,
             SAMPLES: samples,
+            **self._recipe.facts,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
 
 
-def keep_settings(config: Config) -> None:
+def keep_settings(recipe: Recipe) -> None:
     """Write settings and tokenizer into the folder of the run; the first rank does it for all."""
-    path = Path(config.run.directory)
-    write_config(config, path / "config.yaml")
-    source, copy = Path(config.data.tokenizer), path / tokenizer_name(config)
-    if not (copy.exists() and source.samefile(copy)):
-        fresh = copy.with_name(f"{copy.name}.new")
-        shutil.copyfile(source, fresh)
-        os.replace(fresh, copy)
-
-
-def tokenizer_name(config: Config) -> str:
-    """Name under which the tokenizer goes along with a run and its checkpoints."""
-    return "tokenizer.json" if Path(config.data.tokenizer).suffix == ".json" else "vocab.txt"
+    write_config(recipe.given, recipe.directory / SETTINGS_FILE)
+    for name, source in recipe.tokenizer_files.items():
+        copy = recipe.directory / name
+        if not (copy.exists() and source.samefile(copy)):
+            fresh = copy.with_name(f"{copy.name}.new")
+            shutil.copyfile(source, fresh)
+            os.replace(fresh, copy)

@@ -11,20 +11,20 @@ from megatron_bert_tp.checkpoint.load import fill_, load_rectangles_
 from megatron_bert_tp.checkpoint.model import check_model
 from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.checkpoint.slices import Rectangle, rectangles
-from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.data.tokenizer import Tokenizer
 from megatron_bert_tp.errors import CheckpointError, DataError
 from megatron_bert_tp.formats.tokenizer_files import LIBRARY, VOCABULARY
-from megatron_bert_tp.formats.weights import ModelSource, open_weights
+from megatron_bert_tp.formats.weights import ModelSource, open_encoder_weights, open_weights
 from megatron_bert_tp.model.chunks import Chunks
 from megatron_bert_tp.model.initialisation import initialise_parts_
-from megatron_bert_tp.model.shape import ModelShape
+from megatron_bert_tp.model.shape import PRETRAINING, tensor_shapes
 from megatron_bert_tp.optim.loss_scale import LossScale
 from megatron_bert_tp.optim.rules import kinds_of, moment_of, restart_
 from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.parallel.ownership import is_master
 from megatron_bert_tp.parallel.sharding import Part
 from megatron_bert_tp.training.anomalies import NORMS, SKIPPED
+from megatron_bert_tp.training.recipe import Recipe
 from megatron_bert_tp.training.update import Updater
 
 UPDATES, LOSS_SCALE = "updates", "loss_scale"
@@ -60,20 +60,34 @@ def facts_of(updater: Updater) -> Mapping[str, JSON]:
     return {UPDATES: updater.updates_done, **judged_by, **({} if scale is None else {LOSS_SCALE: scale.facts()})}
 
 
-def weights_source(config: Config, shape: ModelShape, checkpoint: Checkpoint | None, *, checks: bool) -> Fill:
+def weights_source(recipe: Recipe, checkpoint: Checkpoint | None, *, checks: bool) -> Fill:
     """Where weights come from: the checkpoint, else ``model.weights``, else the seed.
 
     ``checks`` is set on one rank, which verifies files for all.
     """
+    shape, seed = recipe.shape, recipe.optimizer.seed
     if checkpoint is not None:
-        check_model(checkpoint, shape)
+        check_model(checkpoint, shape, recipe.head)
         return lambda held: fill_(held, checkpoint.weight)
-    if config.model.weights is not None:
-        read = open_weights(Path(config.model.weights), shape, verify=checks)
+    if recipe.weights is None:
+        return lambda held: initialise_parts_(held, shape, seed=seed)
+    if recipe.head == PRETRAINING:
+        read = open_weights(recipe.weights, shape, verify=checks)
         if checks:
-            _check_vocabulary(Path(config.model.weights), Path(config.data.tokenizer))
+            (tokenizer,) = recipe.tokenizer_files.values()
+            _check_vocabulary(recipe.weights, tokenizer)
         return lambda held: fill_(held, read)
-    return lambda held: initialise_parts_(held, shape, seed=config.optimizer.seed)
+    source = open_encoder_weights(recipe.weights, verify=checks)
+    there = tensor_shapes(source.shape, source.head)
+
+    def fill(held: Held) -> None:
+        """What the source has, and the rest, a new head, from the seed."""
+        rows = list(held)
+        fill_([row for row in rows if there.get(row[0].source) == row[0].shape], source.read)
+        new = [row for row in rows if there.get(row[0].source) != row[0].shape]
+        initialise_parts_(new, shape, seed=seed)
+
+    return fill
 
 
 def fill_masters_(updater: Updater, fill: Fill) -> None:

@@ -3,36 +3,35 @@
 from collections.abc import Sequence
 
 from megatron_bert_tp.config.environment import LaunchEnvironment
-from megatron_bert_tp.config.schema import Config, ParallelConfig
+from megatron_bert_tp.config.schema import ParallelConfig
 from megatron_bert_tp.data.samples.source import SampleSource
 from megatron_bert_tp.parallel.mesh import ParallelMesh
-from megatron_bert_tp.pipeline.partition import StagePlan
-from megatron_bert_tp.training.resume import Beginning, samples_at_the_end
+from megatron_bert_tp.training.recipe import Recipe
+from megatron_bert_tp.training.resume import Beginning
 from megatron_bert_tp.training.trainer import Trainer
 
 
 def opening(
-    config: Config,
+    recipe: Recipe,
     environment: LaunchEnvironment,
     trainer: Trainer,
     begin: Beginning,
     *,
-    plans: Sequence[StagePlan],
+    reads: Sequence[str],
 ) -> str:
-    """Layout, text, and where the run begins."""
-    parallel, mesh = config.parallel, trainer.mesh
-    extras = _switched_on(config, mesh)
-    layers = ", ".join(str(len(plan.layers)) for plan in plans)
+    """Layout, what is read, in lines of its own, and where the run begins."""
+    parallel, mesh = recipe.parallel, trainer.mesh
+    extras = _switched_on(recipe, mesh)
+    layers = ", ".join(str(len(plan.layers)) for plan in recipe.plans)
     processes = f"{environment.world_size} process{'es' if environment.world_size > 1 else ''}"
-    end = samples_at_the_end(config, steps_done=trainer.steps_done, samples_done=trainer.samples_done)
     return "\n".join(
         [
             f"{processes}: data {mesh.data.size} x pipeline {parallel.pipeline} x tensor {parallel.tensor}; "
-            f"{_device(trainer)}, {config.optimizer.precision}, {_schedule(parallel)}, layers {layers}",
+            f"{_device(trainer)}, {recipe.optimizer.precision}, {_schedule(parallel)}, layers {layers}",
             *([f"with {', '.join(extras)}"] if extras else []),
-            *_without_effect(config, mesh),
-            *_corpora(trainer.texts.source, end),
-            *_beginning(config, trainer.steps_done, begin),
+            *_without_effect(recipe, mesh),
+            *reads,
+            *_beginning(recipe, trainer.steps_done, begin),
         ]
     )
 
@@ -52,25 +51,25 @@ def _schedule(parallel: ParallelConfig) -> str:
     return name if parallel.virtual == 1 else f"{name} with {parallel.virtual} stages a rank"
 
 
-def _switched_on(config: Config, mesh: ParallelMesh) -> list[str]:
+def _switched_on(recipe: Recipe, mesh: ParallelMesh) -> list[str]:
     """What is not on unless it is asked for."""
-    parallel = config.parallel
+    parallel = recipe.parallel
     where = "" if parallel.recompute_every == 1 else f" in 1 layer of {parallel.recompute_every}"
     choices = {
-        config.optimizer.name: config.optimizer.name != "adamw",
+        recipe.optimizer.name: recipe.optimizer.name != "adamw",
         "sequence parallelism": parallel.sequence and mesh.tensor.size > 1,
         "sharded optimizer": parallel.shard_optimizer and mesh.data.size > 1,
         "overlapped messages": parallel.overlap_messages and mesh.pipeline.size > 1,
         f"{parallel.recompute} recomputation{where}": parallel.recompute != "none",
         f"packing {parallel.packing}": parallel.packing != "none",
-        "kernels of apex": config.run.fused == "apex",
+        "kernels of apex": recipe.run.fused == "apex",
     }
     return [name for name, is_on in choices.items() if is_on]
 
 
-def _without_effect(config: Config, mesh: ParallelMesh) -> list[str]:
+def _without_effect(recipe: Recipe, mesh: ParallelMesh) -> list[str]:
     """Settings that this layout leaves nothing to do; another one may, so they are no error."""
-    parallel = config.parallel
+    parallel = recipe.parallel
     asked = {
         "parallel.sequence (tensor size 1)": parallel.sequence and mesh.tensor.size == 1,
         "parallel.shard_optimizer (data size 1)": parallel.shard_optimizer and mesh.data.size == 1,
@@ -88,7 +87,7 @@ def _device(trainer: Trainer) -> str:
     return f"cuda ({'Triton kernels' if trainer.chunks[0].kernels == 'triton' else by_host})"
 
 
-def _corpora(source: SampleSource, num_samples: int) -> list[str]:
+def corpora(source: SampleSource, num_samples: int) -> list[str]:
     """Samples an epoch of each corpus, and what the whole run takes of it."""
     return [
         f"{row.samples_per_epoch:,} samples an epoch from {row.prefix}; {row.samples:,} in the whole run, "
@@ -97,13 +96,13 @@ def _corpora(source: SampleSource, num_samples: int) -> list[str]:
     ]
 
 
-def _beginning(config: Config, steps_done: int, begin: Beginning) -> list[str]:
+def _beginning(recipe: Recipe, steps_done: int, begin: Beginning) -> list[str]:
     passed = [f"checkpoint passed over: {reason}" for reason in begin.skipped]
     if begin.checkpoint is None:
-        weights = f" from the weights of {config.model.weights}" if config.model.weights else ""
+        weights = f" from the weights of {recipe.weights}" if recipe.weights else ""
         return [*passed, f"starts at step 0{weights}"]
     lines = [*passed, f"goes on from {begin.checkpoint.directory}, step {begin.checkpoint.step}"]
     lines += [f"changed since then: {change}" for change in begin.changes]
-    if steps_done >= config.optimizer.steps:
-        lines.append(f"already finished: optimizer.steps is {config.optimizer.steps}")
+    if steps_done >= recipe.optimizer.steps:
+        lines.append(f"already finished: optimizer.steps is {recipe.optimizer.steps}")
     return lines

@@ -1,39 +1,69 @@
-"""One training step: take batches, run the program, sum gradients, move the weights; and an evaluation."""
+"""One training step: take batches, run the program, sum gradients, move the weights."""
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_bert_tp.data.batch import Batch
 from megatron_bert_tp.errors import NotFiniteError
 from megatron_bert_tp.model.chunks import Chunks
-from megatron_bert_tp.model.stage import PretrainingLogits
-from megatron_bert_tp.objectives.pretraining import Counts, Losses, count, losses_of_step, microbatch_loss
 from megatron_bert_tp.optim.batch_size import BatchSize
 from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.parallel.collectives import sum_over_
 from megatron_bert_tp.parallel.mesh import Axis, ParallelMesh
-from megatron_bert_tp.pipeline.executor import Executor
-from megatron_bert_tp.pipeline.instructions import Program
-from megatron_bert_tp.reliability.actions import Actions, Kind
+from megatron_bert_tp.reliability.actions import Kind
 from megatron_bert_tp.training.anomalies import AnomalyReport, Attribution
 from megatron_bert_tp.training.diagnosis import Watch, attribute
-from megatron_bert_tp.training.passes import Passes
-from megatron_bert_tp.training.texts import Texts
+from megatron_bert_tp.training.pipeline import Pipeline
 from megatron_bert_tp.training.update import Done, Update, Updater
 
-_NUM_STATISTICS = 4
+
+class Microbatch(Protocol):
+    """What a trainer itself asks of a microbatch; what is in it is between the stages and the objective."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Real (not padding) tokens."""
+    @property
+    def input_ids(self) -> Tensor:
+        """``[batch, sequence]`` int64."""
+    def to(self, device: torch.device) -> "Microbatch":
+        """The same on ``device``."""
+
+
+class StepLosses(Protocol):
+    """Losses of a step; the fields of the dataclass that it is are reported."""
+
+    @property
+    def loss(self) -> float:
+        """What is minimised."""
+
+
+class Objective(Protocol):
+    """What is minimised, as sums over counts that are known before the forward (`objectives` has two)."""
+
+    @property
+    def num_statistics(self) -> int:
+        """Numbers that a microbatch reports."""
+
+    def count(self, batches: Sequence[Any], data: Axis, device: torch.device) -> Any:
+        """Labels of a step, over all ranks of ``data``."""
+
+    def share(self, output: Any, batch: Any, counts: Any) -> tuple[Tensor, Tensor]:
+        """A microbatch's share of the loss, and its statistics, float64."""
+
+    def losses(self, statistics: Tensor, counts: Any) -> StepLosses:
+        """Losses of a step from the added statistics."""
 
 
 class Steps(Protocol):
     """Where the microbatches of training come from (`data.loader.StepLoader` fits it)."""
 
-    def take(self, samples_done: int) -> list[Batch]:
+    def take(self, samples_done: int) -> Sequence[Any]:
         """This replica's microbatches of the step that follows ``samples_done`` samples."""
 
 
@@ -49,13 +79,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a run is, how large its steps are, and how often it does what."""
+    """How long a run is, how large its steps are, and how often it saves."""
 
     steps: int
     batch: BatchSize
     save_every: int
-    evaluate_every: int
-    evaluation_samples: int
 
 
 @dataclass(frozen=True)
@@ -64,7 +92,7 @@ class StepReport:
 
     step: int
     samples: int
-    losses: Losses
+    losses: StepLosses
     update: Update
     work: Work
     data_seconds: float
@@ -73,11 +101,10 @@ class StepReport:
 
 @dataclass(frozen=True)
 class _Task:
-    """What a step computes: its program, its microbatches and their labels."""
+    """What a step computes: its microbatches and their labels."""
 
-    program: Program
-    batches: Sequence[Batch]
-    counts: Counts
+    batches: Sequence[Any]
+    counts: Any
 
 
 def _tell_nobody(_report: AnomalyReport) -> None:
@@ -92,29 +119,35 @@ class Trainer:
 
     def __init__(
         self,
-        chunks: Chunks,
+        pipeline: Pipeline,
         updater: Updater,
-        texts: Texts,
+        objective: Objective,
         steps: Steps,
         *,
-        mesh: ParallelMesh,
         agreement: Agreement,
-        passes: Passes,
-        device: torch.device,
         pace: Pace,
         steps_done: int = 0,
         samples_done: int = 0,
-        actions: Actions | None = None,
     ) -> None:
-        """``actions`` is told what this rank does; nobody is without."""
-        self._actions = actions or Actions.silent()
-        self.chunks, self.updater = chunks, updater
-        self.texts, self.steps = texts, steps
-        self.mesh, self.device, self.pace = mesh, device, pace
-        self.steps_done, self.samples_done = steps_done, samples_done
+        self.pipeline, self.updater, self.objective, self.steps = pipeline, updater, objective, steps
+        self.pace, self.steps_done, self.samples_done = pace, steps_done, samples_done
         self.on_anomaly: Callable[[AnomalyReport], None] = _tell_nobody
-        self._agreement, self._passes = agreement, passes
-        self._held_out: list[Batch] | None = None
+        self._agreement, self._actions = agreement, pipeline.actions
+
+    @property
+    def chunks(self) -> Chunks:
+        """The stages of this rank."""
+        return self.pipeline.chunks
+
+    @property
+    def mesh(self) -> ParallelMesh:
+        """Where this rank stands."""
+        return self.pipeline.mesh
+
+    @property
+    def device(self) -> torch.device:
+        """What this rank computes on."""
+        return self.pipeline.device
 
     def train_step(self) -> StepReport:
         """One optimizer step over the global batch.
@@ -129,8 +162,7 @@ class Trainer:
         batches = [batch.to(self.device) for batch in taken]
         self._actions.enter(Kind.MESSAGES, "counts the labels of all replicas")
         done = Done(self.steps_done, self.samples_done, self.pace.batch.global_batch_at(self.samples_done))
-        program = self._passes.training(len(batches), self.mesh.pipeline.rank)
-        task = _Task(program, batches, count(batches, self.mesh.data, self.device))
+        task = _Task(batches, self.objective.count(batches, self.mesh.data, self.device))
         self.updater.begin(len(batches))
         losses, work = self._run(task, loss_scale=self.updater.scale)
         update = self.updater.finish(losses.loss, done)
@@ -138,6 +170,12 @@ class Trainer:
         self.steps_done += 1
         self.samples_done += done.batch
         return StepReport(self.steps_done, self.samples_done, losses, update, work, data_seconds)
+
+    def measure(self, batches: Sequence[Any]) -> tuple[StepLosses, Any]:
+        """Losses on this replica's ``batches`` and those of the others, without dropout; and their labels."""
+        counts = self.objective.count(batches, self.mesh.data, self.device)
+        statistics = self.pipeline.measure(batches, lambda out, batch: self.objective.share(out, batch, counts))
+        return self._added(statistics, batches, counts)[0], counts
 
     def _report_anomaly(self, update: Update, done: Done, task: _Task) -> None:
         """Find out what was wrong with a step, if anything was, and tell it; NotFiniteError if it ends the run."""
@@ -153,8 +191,7 @@ class Trainer:
 
     def _attribution(self, update: Update, task: _Task) -> Attribution:
         """Where a step was first not finite.  It is computed again: the weights have not moved."""
-        stages = self._passes.placement.stages[self.mesh.pipeline.rank]
-        watch = Watch(self.chunks, stages, task.batches)
+        watch = Watch(self.chunks, self.pipeline.stages, task.batches)
 
         def replay() -> bool:
             self.updater.begin(len(task.batches))
@@ -164,61 +201,31 @@ class Trainer:
 
         return attribute(watch, replay, task.batches, self._agreement, tensors=update.tensors)
 
-    def evaluate(self) -> tuple[Losses, Counts]:
-        """Losses on the held-out part: the same samples and masks every time, without dropout."""
-        batches = self._held_out_batches()
-        counts = count(batches, self.mesh.data, self.device)
-        self.chunks.train(False)
-        losses, _ = self._run(
-            _Task(self._passes.evaluation(len(batches), self.mesh.pipeline.rank), batches, counts)
-        )
-        self.chunks.train()
-        return losses, counts
-
     def _run(
         self, task: _Task, *, loss_scale: float = 1.0, watch: Watch | None = None
-    ) -> tuple[Losses, Work]:
-        """Walk the program; losses and work of all ranks, equal on each of them; ``watch`` looks at the losses."""
-        num_classes = self.chunks.shape.vocab_size
-        batches, counts = task.batches, task.counts
+    ) -> tuple[StepLosses, Work]:
+        """Forwards and backwards; losses and work of all ranks; ``watch`` looks at the losses."""
 
-        def criterion(output: PretrainingLogits, batch: Batch) -> tuple[Tensor, Tensor]:
-            return microbatch_loss(output, batch, counts, num_classes=num_classes, tensor=self.mesh.tensor)
+        def criterion(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
+            return self.objective.share(output, batch, task.counts)
 
-        executor = Executor[Batch](
-            self.chunks,
+        statistics = self.pipeline.train(
+            task.batches,
             criterion if watch is None else watch.of_loss(criterion),
-            placement=self._passes.placement,
-            axis=self.mesh.pipeline,
-            channels=self.mesh.channels,
-            device=self.device,
-            observe=self._actions.instruction if watch is None else None,
+            loss_scale=loss_scale,
+            is_observed=watch is None,
         )
-        statistics = executor.run(task.program, batches, loss_scale=loss_scale)
-        totals = torch.zeros(_NUM_STATISTICS + 2, dtype=torch.float64, device=self.device)
+        return self._added(statistics, task.batches, task.counts)
+
+    def _added(self, statistics: Sequence[Tensor], batches: Sequence[Any], counts: Any) -> tuple[StepLosses, Work]:
+        """Losses and work of all ranks, equal on each of them."""
+        num = self.objective.num_statistics
+        totals = torch.zeros(num + 2, dtype=torch.float64, device=self.device)
         for values in statistics:
-            totals[:_NUM_STATISTICS] += values
+            totals[:num] += values
         if self.mesh.pipeline.is_last:
-            totals[_NUM_STATISTICS] = sum(batch.num_tokens for batch in batches)
-            totals[_NUM_STATISTICS + 1] = sum(batch.input_ids.numel() for batch in batches)
+            totals[num] = sum(batch.num_tokens for batch in batches)
+            totals[num + 1] = sum(batch.input_ids.numel() for batch in batches)
         sum_over_(sum_over_(totals, self.mesh.data), self.mesh.pipeline)
-        tokens, positions = map(int, totals[_NUM_STATISTICS:].tolist())
-        return losses_of_step(totals[:_NUM_STATISTICS], counts), Work(tokens, positions)
-
-    def _held_out_batches(self) -> list[Batch]:
-        if self._held_out is None:
-            assert self.texts.validation is not None, "nothing is evaluated without a validation part"
-            batches = self.texts.validation.evaluation(self.pace.evaluation_samples)
-            self._held_out = [batch.to(self.device) for batch in batches]
-        return self._held_out
-
-    def unigram_loss(self, counts: Counts) -> float:
-        """What a model of word frequencies alone gets on the same targets, over all data ranks."""
-        own = count(self._held_out_batches(), Axis.alone("data"), self.device).masked
-
-        def advance() -> None:
-            self._actions.enter(Kind.EVALUATION, "counts the tokens of the training part")
-
-        loss = self.texts.unigram_loss(self._held_out_batches(), advance=advance) if own else 0.0
-        total = torch.tensor([loss * own], dtype=torch.float64, device=self.device)
-        return sum_over_(total, self.mesh.data).item() / max(1, counts.masked)
+        tokens, positions = map(int, totals[num:].tolist())
+        return self.objective.losses(totals[:num], counts), Work(tokens, positions)

@@ -1,12 +1,13 @@
-"""A valid settings file as a table of YAML texts, so that a test can change one of them."""
+"""Valid settings files as tables of YAML texts, so that a test can change one of them."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
-from megatron_bert_tp.config.load import load_config
+from megatron_bert_tp.config.load import load_config, load_task
 from megatron_bert_tp.config.schema import Config
+from megatron_bert_tp.config.task_schema import TaskRun
 from megatron_bert_tp.errors import ConfigError
 
 VALID = {
@@ -21,6 +22,17 @@ VALID = {
     "data.sequence_length": "64",
     "optimizer.global_batch": "64",
     "optimizer.steps": "100",
+    "parallel.tensor": "2",
+    "parallel.pipeline": "2",
+    "parallel.microbatch": "8",
+    "run.directory": "runs/test",
+}
+VALID_TASK = {
+    "model.weights": "models/small",
+    "task.name": "sst-2",
+    "data.train": "train.tsv",
+    "data.validation": "dev.tsv",
+    "optimizer.global_batch": "64",
     "parallel.tensor": "2",
     "parallel.pipeline": "2",
     "parallel.microbatch": "8",
@@ -76,6 +88,30 @@ def complaint(load: Callable[..., Config]) -> Callable[..., str]:
     ) -> str:
         with pytest.raises(ConfigError) as caught:
             load(changes, *overrides, world=world)
+        return str(caught.value)
+
+    return _complaint
+
+
+@pytest.fixture
+def load_a_task(write: Callable[[str], Path]) -> Callable[..., TaskRun]:
+    """`load` for the settings of a task; ``purpose`` is that of `load_task`."""
+
+    def _load(changes: Mapping[str, str | None] | None = None, *overrides: str, **more: object) -> TaskRun:
+        table = {**VALID_TASK, **(changes or {})}
+        text = rendered({path: text for path, text in table.items() if text is not None})
+        return load_task(write(text), overrides, **more)
+
+    return _load
+
+
+@pytest.fixture
+def task_complaint(load_a_task: Callable[..., TaskRun]) -> Callable[..., str]:
+    """Message that `load_a_task` fails with."""
+
+    def _complaint(changes: Mapping[str, str | None] | None = None, *overrides: str, **more: object) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load_a_task(changes, *overrides, **more)
         return str(caught.value)
 
     return _complaint

@@ -150,7 +150,7 @@ BAD = [
     *BAD_RUN,
 ]
 
-REQUIRED = [path for path, row in all_settings().items() if row.is_required]
+REQUIRED = [path for path, row in all_settings(Config).items() if row.is_required]
 REQUIRED_BY_A_RULE = {"parallel.microbatch"}
 MISSPELT = [
     ("model.hidden_sise", "48", "model.hidden_size"),
@@ -187,7 +187,7 @@ def test_one_bad_value_is_told_with_path_line_rule_and_way_out(
 
 
 def test_table_breaks_every_setting_and_has_more_than_a_hundred_rows():
-    assert {path for path, _, _ in BAD} == set(all_settings())
+    assert {path for path, _, _ in BAD} == set(all_settings(Config))
     assert len(set(BAD)) == len(BAD) > 100
 
 
@@ -205,7 +205,7 @@ def test_section_without_any_required_setting_is_one_problem(complaint: Complain
     assert "requires corpus and tokenizer" in message
 
 
-@pytest.mark.parametrize("path", sorted(set(all_settings()) - set(REQUIRED) - REQUIRED_BY_A_RULE))
+@pytest.mark.parametrize("path", sorted(set(all_settings(Config)) - set(REQUIRED) - REQUIRED_BY_A_RULE))
 def test_setting_with_a_default_may_be_left_out(load: Callable[..., Config], path: str):
     assert load({"model.max_position_embeddings": "512", path: None})
 
@@ -294,7 +294,7 @@ def test_long_values_are_cut_short(complaint: Complaint):
     assert max(map(len, lines)) < 200
 
 
-@pytest.mark.parametrize("row", all_settings().values(), ids=lambda row: row.path)
+@pytest.mark.parametrize("row", all_settings(Config).values(), ids=lambda row: row.path)
 def test_no_setting_takes_a_mapping_or_an_alien_kind(complaint: Complaint, row):
     assert row.path in complaint({row.path: "{a: 1}"})
     if not is_optional(row.kind):
@@ -303,7 +303,9 @@ def test_no_setting_takes_a_mapping_or_an_alien_kind(complaint: Complaint, row):
         assert row.path in complaint({row.path: "true"})
 
 
-@pytest.mark.parametrize("row", [row for row in all_settings().values() if row.bounds], ids=lambda row: row.path)
+@pytest.mark.parametrize(
+    "row", [row for row in all_settings(Config).values() if row.bounds], ids=lambda row: row.path
+)
 def test_bounds_of_the_schema_are_kept_at_the_very_edge(row):
     steps = {"at_least": (0, -1), "above": (1, 0), "at_most": (0, 1), "below": (-1, 0)}
     for name, limit in row.bounds.items():

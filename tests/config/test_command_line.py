@@ -16,15 +16,16 @@ from megatron_bert_tp.errors import ConfigError, DataError
 
 LAUNCH = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 DEMO = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
+TASK = str(Path(__file__).parents[2] / "configs" / "finetune" / "sst-2.yaml")
 COMMAND = """
 import sys
-from megatron_bert_tp.config.command_line import config_from_arguments, run_command
+from megatron_bert_tp.config.command_line import {read}, run_command
 
 def main(arguments):
-    config_from_arguments(arguments, "usage: pretrain CONFIG.yaml [section.key=value ...]")
+    {read}(arguments, "usage: pretrain CONFIG.yaml [section.key=value ...]")
 
 code = run_command(main, usage="usage")
-heavy = {"torch", "numpy", "transformers"} & set(sys.modules)
+heavy = {{"torch", "numpy", "transformers"}} & set(sys.modules)
 assert not heavy, heavy
 sys.exit(code)
 """
@@ -108,11 +109,13 @@ def test_forgotten_settings_file_shows_the_usage_in_short(arguments: list[str]):
         config_from_arguments(arguments, "usage: x CONFIG\n\nlong text\n")
 
 
-def run_here(arguments: list[str], **variables: str) -> tuple[subprocess.CompletedProcess[str], float]:
+def run_here(
+    arguments: list[str], read: str = "config_from_arguments", **variables: str
+) -> tuple[subprocess.CompletedProcess[str], float]:
     """The process, and the seconds for which it had a core: other processes of the test run may hold the cores."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(
-        [sys.executable, "-c", COMMAND, *arguments],
+        [sys.executable, "-c", COMMAND.format(read=read), *arguments],
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
@@ -132,6 +135,19 @@ def test_answer_comes_in_under_a_second_without_torch(arguments: list[str]):
     runs = [run_here(arguments) for _ in range(3)]
     for result, _ in runs:
         assert result.returncode == (0 if arguments == ["--help"] else 2), result.stderr
+        assert "Traceback" not in result.stderr
+    assert min(seconds for _, seconds in runs) < 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[TASK, "task.name=sst2", "data.train=null"], ["missing.yaml"], [TASK, "parallel.tensor=3"], [TASK], ["-h"]],
+    ids=["bad-settings", "missing-file", "wrong-world", "right", "help"],
+)
+def test_answer_about_a_task_comes_in_under_a_second_without_torch(arguments: list[str]):
+    runs = [run_here(arguments, read="task_from_arguments") for _ in range(3)]
+    for result, _ in runs:
+        assert result.returncode == (0 if arguments in ([TASK], ["-h"]) else 2), result.stderr
         assert "Traceback" not in result.stderr
     assert min(seconds for _, seconds in runs) < 1
 

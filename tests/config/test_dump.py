@@ -74,7 +74,7 @@ def test_demo_fits_four_processes():
 
 def test_config_holds_every_setting_once_and_is_frozen(load: Load):
     config = load()
-    assert list(flat(config)) == list(all_settings())
+    assert list(flat(config)) == list(all_settings(Config))
     with pytest.raises(FrozenInstanceError):
         config.run.log_every = 2
 
@@ -84,7 +84,7 @@ def test_defaults_are_those_of_the_schema(load: Load):
         load({"model.max_position_embeddings": None, "data.sequence_length": None, "parallel.tensor": None})
     )
     given = {"optimizer.steps", "parallel.pipeline", "parallel.microbatch"}
-    for path, row in all_settings().items():
+    for path, row in all_settings(Config).items():
         if not row.is_required and path not in given:
             assert values[path] == row.default
 
@@ -103,3 +103,12 @@ def test_differences_name_path_old_and_new(load: Load):
         ("objective.masking.probability", 0.15, 0.2),
         ("run.directory", "runs/test", "other"),
     ]
+
+
+@pytest.mark.parametrize("rate", ["2e-5", "1e-300", "1.5e-7", "3e16", "1e22", "0.1", "5"])
+def test_rates_are_numbers_to_any_yaml_reader(load: Load, rate: str):
+    """YAML 1.1 takes 2e-05, as Python writes it, for text."""
+    config = load({"optimizer.learning_rate": rate, "data.weights": f"[{rate}]"})
+    found = yaml.safe_load(to_yaml(config))
+    assert found["optimizer"]["learning_rate"] == float(rate)
+    assert found["data"]["weights"] == [float(rate)]

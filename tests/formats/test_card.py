@@ -14,7 +14,7 @@ from tests.formats.test_tokenizer_files import UNCASED, vocabulary
 
 SETTINGS = {
     "model": {"hidden_size": 16},
-    "data": {"corpus": "/home/me/secret/corpus", "tokenizer": "/home/me/vocab.txt", "split": [96.0, 4.0, 0.0]},
+    "data": {"corpus": ["/home/me/secret/corpus", "other/novels"], "tokenizer": "/home/me/vocab.txt", "split": [96.0, 4.0, 0.0]},
     "objective": {"pairs": "nsp", "masking": {"probability": 0.15, "whole_words": True}},
     "optimizer": {"name": "adamw", "learning_rate": 0.0001, "global_batch": 64},
     "run": {"directory": "/home/me/runs/one"},
@@ -76,7 +76,7 @@ def test_the_settings_and_the_step_of_the_training_are_told_but_no_paths(card):
     assert rows(card)["optimizer.learning_rate"] == "0.0001"
     assert rows(card)["objective.masking.probability"] == "0.15"
     assert rows(card)["data.split"] == "[96.0, 4.0, 0.0]"
-    assert rows(card)["data.corpus"] == "corpus"
+    assert rows(card)["data.corpus"] == "corpus, novels"
     assert "/home" not in card
 
 

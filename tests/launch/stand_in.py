@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from megatron_bert_tp.config.load import load_config
+from megatron_bert_tp.config.load import load_any
 from megatron_bert_tp.errors import ExitCode
 from megatron_bert_tp.reliability.outcome import Outcome, OutcomeFile
 
@@ -49,7 +49,7 @@ class Rank:
 
 
 def main(arguments: list[str]) -> None:
-    rank = Rank(Path(load_config(Path(arguments[0]), arguments[1:], world_size=None).run.directory))
+    rank = Rank(Path(load_any(Path(arguments[0]), arguments[1:], world_size=None).run.directory))
     task = os.environ["STAND_IN"]
     if task == "crash":
         raise SystemExit(7)

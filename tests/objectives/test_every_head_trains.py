@@ -172,6 +172,17 @@ def train(case: Case, layout: Layout) -> tuple[float, list[Piece]]:
     return loss_of_step(terms, sums, counts), [own_piece(part, gradient) for part, gradient in gradients.own]
 
 
+def answer_loss(output, start_positions: Tensor, end_positions: Tensor) -> Tensor:
+    """The class' loss without what it has of padding, which depends on how a batch is padded."""
+    is_token = inputs()["attention_mask"]
+
+    def half(logits: Tensor, places: Tensor) -> Tensor:
+        labels = places.masked_fill(places >= is_token.sum(1), IGNORED)
+        return F.cross_entropy(logits.masked_fill(~is_token, -torch.inf), labels)
+
+    return (half(output.start_logits, start_positions) + half(output.end_logits, end_positions)) / 2
+
+
 def truth(case: Case) -> tuple[float, dict[str, Tensor]]:
     """The same from the family's class: one process, one call."""
     settings = {"problem_type": case.problem_type} if case.problem_type else {}
@@ -181,7 +192,8 @@ def truth(case: Case) -> tuple[float, dict[str, Tensor]]:
     if str(case) == "MultipleChoice":  # its choices are numbered by sample x choices + choice
         given = {name: value.view(NUM_ROWS // CHOICES, CHOICES, WIDTH) for name, value in given.items()}
         numbers = tuple(range(FIRST // CHOICES, (FIRST + NUM_ROWS) // CHOICES))
-    loss = model(**given, **dense_labels(case), sample_numbers=numbers).loss
+    output = model(**given, **dense_labels(case), sample_numbers=numbers)
+    loss = output.loss if str(case) != "QuestionAnswering" else answer_loss(output, **dense_labels(case))
     loss.backward()
     return loss.item(), join(gradient_pieces(part for part in model.parts() if part.alias_of is None))
 

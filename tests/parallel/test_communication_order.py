@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.parallel.agreement import Agreement
-from megatron_bert_tp.training.build import build_trainer
+from megatron_bert_tp.training.build import build_pretrainer
 from megatron_bert_tp.training.passes import Passes
 from megatron_bert_tp.training.processes import build_mesh
 from megatron_bert_tp.training.texts import open_texts
@@ -78,7 +78,7 @@ def listen(settings: Path, case: Case) -> Heard:
             timeout=TIMEOUT,
         )
         texts = open_texts(config, mesh.data, say=print)
-        trainer = build_trainer(config, mesh, texts, agreement=agreement, device=CPU)
+        trainer = build_pretrainer(config, mesh, texts, agreement=agreement, device=CPU)
         for _ in range(2):
             trainer.train_step()
     return Heard(groups, recorder.events)

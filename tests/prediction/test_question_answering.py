@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_bert_tp import MegatronBertConfig, MegatronBertForQuestionAnswering
-from megatron_bert_tp.prediction.encoding import Row, windows
+from megatron_bert_tp.text.encoder import Row, windows
 from megatron_bert_tp.prediction.question_answering import Span, candidates, merged, whole_words
 from tests.prediction.answering import QUESTIONS, SIZES, answering_weight
 from tests.prediction.directories import add_tokenizer, predict

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.checkpoint.slices import Rectangle
 from megatron_bert_tp.parallel.agreement import Agreement
-from megatron_bert_tp.training.build import build_trainer
+from megatron_bert_tp.training.build import build_pretrainer
 from megatron_bert_tp.training.state import held_rectangles
 from megatron_bert_tp.training.texts import open_texts
 from tests.support import CPU, TIMEOUT, Layout, Recipe, build_mesh, with_dropout
@@ -65,7 +65,7 @@ def go_on(settings: Path, layout: Layout, folders: list[Path]) -> list[tuple[lis
     for folder in folders:
         truth = whole_tensors(folder)
         texts = open_texts(config, mesh.data, say=lambda _: None)
-        trainer = build_trainer(
+        trainer = build_pretrainer(
             config, mesh, texts, agreement=agreement, device=CPU, checkpoint=Checkpoint.open(folder)
         )
         held = held_rectangles(trainer.chunks, trainer.updater, "adamw", mesh)

@@ -34,7 +34,8 @@ from megatron_bert_tp.pipeline.executor import Executor
 from megatron_bert_tp.pipeline.instructions import Await, Compute, Instruction, Launch, Phase, Transfer
 from megatron_bert_tp.pipeline.partition import StagePlan, partition
 from megatron_bert_tp.pipeline.schedule import orders_of, placement_of, programs
-from megatron_bert_tp.training.build import build_trainer, stage_plans
+from megatron_bert_tp.training.build import build_pretrainer
+from megatron_bert_tp.training.recipe import stage_plans
 from tests.model.live_bytes import LiveBytes, WatchedGradients, sizes_of, watched
 from tests.support import CPU, TIMEOUT, Layout, Recipe, build_mesh, make_batch, with_dropout
 from tests.trainers import MadeBatches, configure
@@ -278,7 +279,8 @@ def measure_static(settings: Path, layout: Layout) -> dict[torch.dtype, Static]:
 def _measured(settings: Path, recipe: Recipe, layout: Layout) -> Static:
     config = configure(settings, recipe, layout, "optimizer.global_batch=8", "parallel.microbatch=1")
     texts = SimpleNamespace(training=MadeBatches(recipe.shape), validation=None)
-    trainer = build_trainer(config, build_mesh(layout), texts, agreement=Agreement.of_world(TIMEOUT), device=CPU)
+    mesh, agreement = build_mesh(layout), Agreement.of_world(TIMEOUT)
+    trainer = build_pretrainer(config, mesh, texts, agreement=agreement, device=CPU)
     gradients, updater = trainer.updater.gradients, trainer.updater
     states = [tensor for state in updater.optimizer.state.values() for tensor in state.values()]
     masters = [each.weight for each in updater.weights.owned if is_master(each)]

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.config.load import load_config
+from megatron_bert_tp.config.schema import Config
 from megatron_bert_tp.config.settings import all_sections, all_settings
 from megatron_bert_tp.errors import ExitCode
 from tests.training.runs import ROOT, pretrain, records, start, succeeded, without_times
@@ -89,10 +90,10 @@ def test_a_run_starts_from_the_weights_of_a_hugging_face_directory(data, finishe
 
 def test_help_tells_every_section_and_every_setting_with_its_meaning():
     blocks = succeeded(start("megatron_bert_tp.pretrain", "--help")).split("\n\n")
-    for section in all_sections():
+    for section in all_sections(Config):
         (block,) = (block for block in blocks if block.startswith(f"{section}: "))
         lines = block.splitlines()
-        for path, setting in all_settings().items():
+        for path, setting in all_settings(Config).items():
             if path.rpartition(".")[0] == section:
                 name = path.rpartition(".")[2]
                 (start_of_row,) = (n for n, line in enumerate(lines) if line.startswith(f"  {name} "))

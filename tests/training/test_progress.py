@@ -7,7 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
-from megatron_bert_tp.training.progress import MetricsFile, Reporter, read_records
+from megatron_bert_tp.training.progress import MetricsFile, PretrainingLines, Reporter, read_records
 from tests.training.runs import pretrain, succeeded
 
 RECORD = {
@@ -25,7 +25,8 @@ def told(folder, *given, log_every=1, shows_scale=True, is_terminal=False) -> st
     console = Console(file=screen, width=300, force_terminal=is_terminal)
     metrics = MetricsFile(folder / "metrics.jsonl", steps_done=0)
     numbers = {"steps": 10, "steps_done": 2, "log_every": log_every}
-    with Reporter(metrics, console, **numbers, shows_scale=shows_scale) as reporter:
+    lines = PretrainingLines(shows_scale=shows_scale)
+    with Reporter(metrics, console, **numbers, lines=lines) as reporter:
         for record in given:
             reporter.step(record)
     return screen.getvalue()

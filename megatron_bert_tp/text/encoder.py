@@ -1,6 +1,6 @@
 """Text to rows of the model's input, with the way back from tokens to characters."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,10 @@ from megatron_bert_tp.errors import DataError, FormatError
 from megatron_bert_tp.formats.tokenizer_files import LIBRARY, SETTINGS, VOCABULARY, said_lowercase, write_tokenizer
 from megatron_bert_tp.formats.weights import ModelSource
 
+Text = str | tuple[str, str]
+"""A text or a pair."""
 _LARGEST_SETTINGS = 16 * 2**20  # bytes of tokenizer_config.json
+_ONE_TYPE = "the model has one token type only, and so reads no pairs"
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,27 @@ class Row:
 
 
 def windows(num_tokens: int, *, size: int, overlap: int) -> list[range]:
-    """Windows of at most ``size`` tokens over all, two neighbours with ``overlap`` (< size) in common."""
+    """Windows of at most ``size`` tokens over all, two neighbours with ``overlap`` in common.
+
+    An overlap that is no smaller than the window shrinks to half of it.
+    """
     if num_tokens <= size:
         return [range(num_tokens)]
-    step = size - overlap
+    step = size - (overlap if overlap < size else size // 2)
     num_windows = 1 + -(-(num_tokens - size) // step)
     return [range(number * step, min(number * step + size, num_tokens)) for number in range(num_windows)]
+
+
+def longest_first(first: int, second: int, *, room: int) -> tuple[int, int]:
+    """How many tokens of two texts stay where there is room for so many: the longer text loses tokens first.
+
+    Where both are longer than half of the room they share it, and the longer one, of two alike ones the second,
+    has what is odd.
+    """
+    if first + second <= room:
+        return first, second
+    shorter = min(first, second, room // 2)
+    return (room - shorter, shorter) if first > second else (shorter, room - shorter)
 
 
 class TextEncoder:
@@ -63,7 +81,8 @@ class TextEncoder:
     def __init__(self, library: tokenizers.Tokenizer, *, longest: int, num_types: int) -> None:
         """``longest`` is in tokens; a row has token types below ``num_types``."""
         self._library, self.longest, self._num_types = library, longest, num_types
-        self.mask_id, self.cls_id, self.unknown_id = map(self._id, ("[MASK]", "[CLS]", "[UNK]"))
+        self.cls_id, self.sep_id, self.mask_id = map(self._id, ("[CLS]", "[SEP]", "[MASK]"))
+        self.unknown_id = self._id("[UNK]")
 
     def row(self, text: str, partner: str | None = None) -> Row:
         """Row of a text or a pair; what is too long loses tokens at the end, of a pair the longer text first."""
@@ -91,11 +110,28 @@ class TextEncoder:
                 f"{min(size, self.longest)}; shorten it"
             )
         before, after = range(places[0]), range(places[-1] + 1, len(whole))
-        shared = overlap if overlap < room else room // 2
         return [
             whole.taken([*before, *places[window.start : window.stop], *after])
-            for window in windows(len(places), size=room, overlap=shared)
+            for window in windows(len(places), size=room, overlap=overlap)
         ]
+
+    def encoded(self, texts: Sequence[Text]) -> list[tokenizers.Encoding]:
+        """The library's encodings of many texts and pairs at once, [CLS] and [SEP] included, however long."""
+        encodings = self._library.encode_batch(list(texts))
+        if any(max(encoding.type_ids, default=0) >= self._num_types for encoding in encodings):
+            raise DataError(_ONE_TYPE)
+        return list(encodings)
+
+    def encoded_words(self, sentences: Sequence[Sequence[str]]) -> list[tokenizers.Encoding]:
+        """The library's encodings of sentences that are words already, without [CLS] and [SEP].
+
+        Their ``word_ids`` tell the word of each token; a word of nothing but control characters has no token.
+        """
+        return list(
+            self._library.encode_batch(
+                [list(words) for words in sentences], is_pretokenized=True, add_special_tokens=False
+            )
+        )
 
     def token(self, number: int) -> str:
         """Entry of the vocabulary."""
@@ -118,7 +154,7 @@ class TextEncoder:
     def _encode(self, text: str, partner: str | None, *, cut: int | None = None) -> Row:
         encoding = self._library.encode(text, partner)
         if max(encoding.type_ids) >= self._num_types:
-            raise DataError("the model has one token type only, and so reads no pairs")
+            raise DataError(_ONE_TYPE)
         return Row(
             ids=tuple(encoding.ids),
             types=tuple(encoding.type_ids),

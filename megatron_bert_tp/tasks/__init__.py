@@ -1,0 +1,1 @@
+"""Tasks with labels: reading their files, features, metrics, predictions (floor 7)."""

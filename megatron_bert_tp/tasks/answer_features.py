@@ -1,0 +1,151 @@
+"""Questions and contexts as windows: the whole question, and a part of the context that overlaps the next one.
+
+The windows and labels are those of `transformers`' example `run_qa.py`, but for two things.  An answer that begins
+with the last token of a window has that token as its start, where the example's loop runs on to [SEP].  And an
+overlap for which a long question leaves no room shrinks to half of the room, where the example cannot go on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tokenizers
+
+from megatron_bert_tp.data.draws import Ints
+from megatron_bert_tp.errors import DataError
+from megatron_bert_tp.tasks.examples import AnswerExample
+from megatron_bert_tp.tasks.feature_table import FeatureTable, Flags, Tokens, bounds_of
+from megatron_bert_tp.tasks.task import Kind
+from megatron_bert_tp.text.encoder import TextEncoder, windows
+
+_QUESTIONS_AT_ONCE = 512  # their encodings know the characters of all tokens, and so are large
+_CONTEXT = 1  # the second text of a pair
+
+
+def answer_features(
+    examples: Sequence[AnswerExample], encoder: TextEncoder, *, longest: int, overlap: int
+) -> FeatureTable:
+    """Windows of at most ``longest`` tokens, two neighbours with ``overlap`` tokens of the context in common.
+
+    The first answer of an example is its label.  Leading blanks of a question are dropped.  DataError for a
+    question that leaves no room for its context.
+    """
+    samples: list[_Window] = []
+    numbers: list[int] = []
+    for first in range(0, len(examples), _QUESTIONS_AT_ONCE):
+        part = examples[first : first + _QUESTIONS_AT_ONCE]
+        encodings = encoder.encoded([(each.question.lstrip(), each.context) for each in part])
+        for number, (example, encoding) in enumerate(zip(part, encodings, strict=True), start=first):
+            found = _windows_of(_Whole.of(encoding), example, longest=longest, overlap=overlap)
+            samples += found
+            numbers += [number] * len(found)
+    return _table(samples, numbers, is_labelled=all(each.is_labelled for each in examples))
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Question and context before they are cut: ``ids`` and ``types`` ``[tokens]``, ``spans`` ``[tokens, 2]``.
+
+    ``context`` are the places of the tokens of the context; ``spans`` are -1 elsewhere.
+    """
+
+    ids: Tokens
+    types: Tokens
+    spans: Tokens
+    context: Ints
+
+    @classmethod
+    def of(cls, encoding: tokenizers.Encoding) -> "_Whole":
+        """From the library's encoding of a pair."""
+        # As floats, since a token that is from neither text has None, which becomes nan.
+        is_context = np.array(encoding.sequence_ids, dtype=np.float64) == _CONTEXT
+        offsets = np.array(encoding.offsets, dtype=np.int32)
+        return cls(
+            ids=np.array(encoding.ids, dtype=np.int32),
+            types=np.array(encoding.type_ids, dtype=np.int32),
+            spans=np.where(is_context[:, None], offsets, np.int32(-1)),
+            context=np.flatnonzero(is_context),
+        )
+
+
+@dataclass(frozen=True)
+class _Window:
+    ids: Tokens
+    types: Tokens
+    spans: Tokens
+    is_max_context: Flags
+    label: tuple[int, int]
+
+
+def _windows_of(whole: _Whole, example: AnswerExample, *, longest: int, overlap: int) -> list[_Window]:
+    num_others = len(whole.ids) - len(whole.context)
+    room = longest - num_others
+    if room < 1:
+        raise DataError(
+            f"{example.place}: the question has {num_others - 3} tokens, and with [CLS] and [SEP] leaves no room "
+            f"for its context among {longest}; shorten it, or raise data.sequence_length"
+        )
+    cuts = windows(len(whole.context), size=room, overlap=overlap)
+    is_max = _max_contexts(cuts, len(whole.context))
+    return [_window(whole, cut, is_max[number, cut.start : cut.stop], example) for number, cut in enumerate(cuts)]
+
+
+def _window(whole: _Whole, cut: range, is_max: Flags, example: AnswerExample) -> _Window:
+    shown = whole.context[cut.start : cut.stop]
+    first = int(whole.context[0]) if len(whole.context) else len(whole.ids)
+    end = first + len(whole.context)
+    places = np.concatenate([np.arange(first), shown, np.arange(end, len(whole.ids))])
+    is_max_context = np.zeros(len(places), dtype=bool)
+    is_max_context[first : first + len(shown)] = is_max
+    start, last = _answer_tokens(whole.spans[shown], example)
+    label = (first + start, first + last) if start >= 0 else (0, 0)
+    return _Window(whole.ids[places], whole.types[places], whole.spans[places], is_max_context, label)
+
+
+def _answer_tokens(spans: Tokens, example: AnswerExample) -> tuple[int, int]:
+    """First and last token of the first answer among tokens with these ``spans``; -1 twice if it is not all there.
+
+    A character between two tokens belongs to the one before at the start of an answer, and to the one behind at
+    its end.
+    """
+    if not example.answers or not len(spans):
+        return -1, -1
+    first, end = example.answers[0].start, example.answers[0].start + len(example.answers[0].text)
+    if spans[0, 0] > first or spans[-1, 1] < end:
+        return -1, -1
+    start = int(np.searchsorted(spans[:, 0], first, side="right")) - 1
+    return start, int(np.searchsorted(spans[:, 1], end, side="left"))
+
+
+def _max_contexts(cuts: Sequence[range], num_tokens: int) -> Flags:
+    """``[windows, tokens]``: whether a window is the one that shows a token of the context best.
+
+    That is where the smaller of its numbers of neighbours to the left and to the right is largest; of alike ones
+    the longer window, then the first (`transformers`' ``token_is_max_context``).
+    """
+    if len(cuts) == 1:
+        return np.ones((1, num_tokens), dtype=bool)
+    starts = np.array([cut.start for cut in cuts])[:, None]
+    ends = np.array([cut.stop for cut in cuts])[:, None]
+    tokens = np.arange(num_tokens)
+    # In floats as there: the weight of the length outweighs a neighbour in windows of more than 100 tokens.
+    scores = np.minimum(tokens - starts, ends - 1 - tokens) + 0.01 * (ends - starts)
+    scores = np.where((tokens >= starts) & (tokens < ends), scores, -np.inf)
+    is_best: Flags = np.arange(len(cuts))[:, None] == scores.argmax(axis=0)
+    return is_best
+
+
+def _table(samples: Sequence[_Window], numbers: Sequence[int], *, is_labelled: bool) -> FeatureTable:
+    lengths = np.array([len(each.ids) for each in samples], dtype=np.int64)
+    none = np.zeros(0, dtype=np.int32)
+    labels = np.array([each.label for each in samples], dtype=np.int64).reshape(-1, 2)
+    return FeatureTable(
+        kind=Kind.ANSWER,
+        ids=np.concatenate([none, *(each.ids for each in samples)]),
+        types=np.concatenate([none, *(each.types for each in samples)]).astype(np.uint8),
+        bounds=bounds_of(lengths),
+        examples=np.array(numbers, dtype=np.int64),
+        labels=labels if is_labelled else None,
+        spans=np.concatenate([none.reshape(0, 2), *(each.spans for each in samples)]),
+        is_max_context=np.concatenate([none.astype(bool), *(each.is_max_context for each in samples)]),
+    )

@@ -1,0 +1,191 @@
+"""SQuAD 1.1 and 2.0: questions about contexts, with the places of their answers."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_bert_tp.config.task_schema import TaskConfig
+from megatron_bert_tp.errors import DataError
+from megatron_bert_tp.tasks.examples import Answer, AnswerExample, Example
+from megatron_bert_tp.tasks.reading import cells
+from megatron_bert_tp.tasks.reading.datasets_folder import folder_rows
+from megatron_bert_tp.tasks.reading.json_values import parse_json, shown
+from megatron_bert_tp.tasks.reading.lines import read_whole
+from megatron_bert_tp.tasks.reading.parts import Note, Source
+from megatron_bert_tp.tasks.reading.row import Row, Wanted
+
+_MOST_NAMED = 5
+
+
+@dataclass
+class _Tally:
+    """What one file has; ``bad`` are the questions of answers that do not stand at their place, one each."""
+
+    num_answers: int = 0
+    num_impossible: int = 0
+    num_blank: int = 0
+    num_without_answer: int = 0
+    bad: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Question:
+    place: str
+    id: str
+    text: str
+    context: str
+    is_impossible: bool
+    answers: tuple[Answer, ...] | None
+    """None where the file has none, which is no label."""
+
+
+def read_squad(task: TaskConfig, source: Source) -> Iterator[Example | Note]:
+    """An example for each question; contexts and answers as they are, white space included.
+
+    An answer whose text does not stand at its place is left out and counted; DataError when such answers are more
+    than `task.bad_answers` of all in the file.  A labelled question that has no other answer is passed over.
+    Questions without an answer are passed over where `task.unanswerable` is false.
+    """
+    tally = _Tally()
+    questions = _questions_of_folder(source) if source.path.is_dir() else _questions(source.path)
+    examples = [_example(question, task, source, tally) for question in questions]
+    notes = _notes(tally, task, source.path)
+    yield from (example for example in examples if example is not None)
+    yield from notes
+
+
+def _example(question: _Question, task: TaskConfig, source: Source, tally_: _Tally) -> AnswerExample | None:
+    is_impossible = question.is_impossible or (task.unanswerable is True and question.answers == ())
+    if is_impossible and task.unanswerable is False:
+        tally_.num_impossible += 1
+        return None
+    if source.is_labelled and not is_impossible and not question.answers:
+        raise DataError(
+            f"{question.place}: has no answer, and is_impossible is not true; mend the file, or set "
+            "task.unanswerable to true if there is none in the context"
+        )
+    answers = _standing(question, tally_)
+    if question.answers and not answers and source.is_labelled:
+        tally_.num_without_answer += 1
+        return None
+    tally_.num_blank += not question.text.strip()
+    return AnswerExample(
+        id=question.id,
+        place=question.place,
+        group=source.group,
+        question=question.text,
+        context=question.context,
+        answers=answers,
+        is_labelled=is_impossible or bool(answers),
+    )
+
+
+def _standing(question: _Question, tally_: _Tally) -> tuple[Answer, ...]:
+    """The answers that stand at their place."""
+    found = []
+    for answer in question.answers or ():
+        tally_.num_answers += 1
+        end = answer.start + len(answer.text)
+        if answer.text and answer.start >= 0 and question.context[answer.start : end] == answer.text:
+            found.append(answer)
+        else:
+            tally_.bad.append(question.id)
+    return tuple(found)
+
+
+def _notes(tally: _Tally, task: TaskConfig, path: Path) -> list[Note]:
+    notes = []
+    if tally.bad:
+        named = list(dict.fromkeys(tally.bad))
+        told = f"{len(tally.bad)} of {tally.num_answers} answers do not stand at their answer_start"
+        first = f"questions {', '.join(named[:_MOST_NAMED])}{', ...' * (len(named) > _MOST_NAMED)}"
+        if len(tally.bad) > task.bad_answers * tally.num_answers:
+            raise DataError(
+                f"{path}: {told} ({first}), more than task.bad_answers ({task.bad_answers}); mend the file, or "
+                "allow more"
+            )
+        without = f", and {tally.num_without_answer} questions that have no other passed over"
+        notes.append(Note(f"{path}: {told}: left out{without * bool(tally.num_without_answer)} ({first})"))
+    if tally.num_impossible:
+        notes.append(
+            Note(f"{path}: {tally.num_impossible} questions without an answer passed over, by task.unanswerable")
+        )
+    if tally.num_blank:
+        notes.append(Note(f"{path}: {tally.num_blank} questions without text, kept as they are"))
+    return notes
+
+
+def _questions(path: Path) -> Iterator[_Question]:
+    values = parse_json(read_whole(path), path)
+    for article, at_article in _items(values, "data", f"{path}: the file"):
+        for paragraph, at_paragraph in _items(article, "paragraphs", f"{path}: {at_article}"):
+            place = f"{path}: {at_article}.{at_paragraph}"
+            context = _text(paragraph, "context", place)
+            if not context.strip():
+                raise DataError(f"{place}: the context is empty; mend the file")
+            for question, at_question in _items(paragraph, "qas", place):
+                yield _question(question, context, path, f"{place}.{at_question}")
+
+
+def _questions_of_folder(source: Source) -> Iterator[_Question]:
+    """Rows as `squad` and `squad_v2` on Hugging Face's hub have them: no answer where the list is empty."""
+    label = ("answers",)
+    texts = ("id", "question", "context")
+    wanted = Wanted(needed=texts + label) if source.is_labelled else Wanted(needed=texts, optional=label)
+    for row in folder_rows(source.path, wanted):
+        answers = _answers_of_row(row)
+        yield _Question(
+            place=row.place,
+            id=_text(row.values, "id", row.place),
+            text=_text(row.values, "question", row.place),
+            context=cells.text_of(row, "context"),
+            is_impossible=source.is_labelled and not answers,
+            answers=answers,
+        )
+
+
+def _answers_of_row(row: Row) -> tuple[Answer, ...]:
+    given = row.values.get("answers") or {"text": [], "answer_start": []}
+    texts, starts = (given.get(key) if isinstance(given, dict) else None for key in ("text", "answer_start"))
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        raise DataError(f"{row.place}: 'answers' must be lists 'text' and 'answer_start', not {shown(given)}")
+    pairs = zip(texts, starts, strict=True)
+    return tuple(_answer({"text": text, "answer_start": start}, row.place) for text, start in pairs)
+
+
+def _question(values: Mapping[str, object], context: str, path: Path, place: str) -> _Question:
+    name, is_impossible = _text(values, "id", place), values.get("is_impossible", False)
+    place = f"{path}: question {name}"
+    if not isinstance(is_impossible, bool):
+        raise DataError(f"{place}: is_impossible must be true or false, but it is {shown(is_impossible)}")
+    answers = None
+    if values.get("answers") is not None:
+        answers = tuple(_answer(answer, place) for answer, _ in _items(values, "answers", place))
+    if is_impossible and answers:
+        raise DataError(f"{place}: is_impossible is true, but it has {len(answers)} answers; mend the file")
+    return _Question(place, name, _text(values, "question", place), context, is_impossible, answers)
+
+
+def _answer(values: Mapping[str, object], place: str) -> Answer:
+    start = values.get("answer_start")
+    if not isinstance(start, int) or isinstance(start, bool):
+        raise DataError(f"{place}: answer_start must be a whole number, but it is {shown(start)}; mend the file")
+    return Answer(_text(values, "text", place), start)
+
+
+def _items(values: object, key: str, place: str) -> Iterator[tuple[Mapping[str, object], str]]:
+    """Objects of the list under a key, each with its name in messages, as ``data[3]``."""
+    items = values.get(key) if isinstance(values, dict) else None
+    if not isinstance(items, list):
+        raise DataError(f"{place}: must be an object with a list {key!r}, not {shown(values)}; is this SQuAD?")
+    for number, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise DataError(f"{place}: {key}[{number}] must be an object, but it is {shown(item)}; is this SQuAD?")
+        yield item, f"{key}[{number}]"
+
+
+def _text(values: Mapping[str, object], key: str, place: str) -> str:
+    text = values.get(key)
+    if not isinstance(text, str):
+        raise DataError(f"{place}: {key!r} must be a text, but it is {shown(text)}; mend the file")
+    return text

@@ -1,0 +1,49 @@
+"""Measuring a model that has learned a task, on one rank."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_bert_tp.config.environment import LaunchEnvironment
+from megatron_bert_tp.config.task_schema import TaskRun
+from megatron_bert_tp.reliability.actions import Kind
+from megatron_bert_tp.training.build import build_pipeline
+from megatron_bert_tp.training.failures import together
+from megatron_bert_tp.training.outputs import outputs_of
+from megatron_bert_tp.training.session import session
+from megatron_bert_tp.training.state import weights_source
+from megatron_bert_tp.training.task_data import batches_of, open_task_data
+from megatron_bert_tp.training.task_evaluation import THRESHOLD, scored
+from megatron_bert_tp.training.task_recipe import task_objective, task_recipe
+from megatron_bert_tp.training.task_results import write_metrics, write_part
+
+
+def evaluate(config: TaskRun, environment: LaunchEnvironment) -> None:
+    """Measure ``model.weights`` on validation, and predict test; files go to ``run.directory``."""
+    with session(config.run, environment) as within:
+        mesh, actions = within.meet(config.parallel)
+        data = open_task_data(config, verifies=mesh.is_first, learns=False, say=within.narrator(actions))
+        recipe = task_recipe(config, data)
+        actions.enter(Kind.STARTING, "builds the model")
+        pipeline = build_pipeline(recipe, mesh, device=within.device, actions=actions)
+        with together(within.agreement):
+            fill = weights_source(recipe, None, checks=mesh.is_first)
+            fill((part, part.view(part.parameter)) for part in pipeline.chunks.parts())
+        objective = task_objective(config, recipe, data, mesh.tensor)
+        metrics: dict[str, Mapping[str, float]] = {}
+        threshold = 0.0
+        for name, part in (("validation", data.validation), ("test", data.test)):
+            if part is None:
+                continue
+            batches = batches_of(part, config, data.source, mesh.data, seed=0, sizes=lambda _: 1)
+            with actions.within(Kind.EVALUATION):
+                outputs, _ = outputs_of(pipeline, part.table, batches, objective)
+            with together(within.agreement):
+                if within.is_first:
+                    found = scored(config, data, part, outputs, null_threshold=threshold)
+                    metrics[name] = found.metrics
+                    threshold = found.metrics.get(THRESHOLD, threshold)
+                    print("\n".join(write_part(Path(config.run.directory), name, found)))
+        with together(within.agreement):
+            if within.is_first:
+                write_metrics(Path(config.run.directory), metrics)
+        within.tell_end(actions)

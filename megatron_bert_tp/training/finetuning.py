@@ -1,0 +1,207 @@
+"""Fine-tuning on a task, on one rank: one training for each seed, its best checkpoint exported and evaluated."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_bert_tp.checkpoint.directories import step_directory
+from megatron_bert_tp.checkpoint.load import load_parts_
+from megatron_bert_tp.checkpoint.read import Checkpoint
+from megatron_bert_tp.config.dump import to_yaml
+from megatron_bert_tp.config.environment import LaunchEnvironment
+from megatron_bert_tp.config.task_schema import TaskRun
+from megatron_bert_tp.formats.convert import to_huggingface
+from megatron_bert_tp.parallel.mesh import ParallelMesh
+from megatron_bert_tp.reliability.actions import Actions, Kind
+from megatron_bert_tp.tasks.batches import TaskBatches
+from megatron_bert_tp.training.build import build_trainer
+from megatron_bert_tp.training.course import METRICS, Course
+from megatron_bert_tp.training.failures import together
+from megatron_bert_tp.training.outputs import outputs_of
+from megatron_bert_tp.training.recipe import Recipe
+from megatron_bert_tp.training.resume import beginning
+from megatron_bert_tp.training.run_directory import CHECKPOINTS, SETTINGS_FILE
+from megatron_bert_tp.training.session import Session, session
+from megatron_bert_tp.training.task_data import TaskData, TaskPart, batches_of, open_task_data
+from megatron_bert_tp.training.task_evaluation import (
+    THRESHOLD,
+    NoEvaluation,
+    TaskEvaluation,
+    TaskLines,
+    metric_of,
+    scored,
+    standing_of,
+)
+from megatron_bert_tp.training.task_recipe import steps_between_evaluations, task_objective, task_recipe
+from megatron_bert_tp.training.task_results import (
+    RESULT,
+    Result,
+    read_result,
+    summary_lines,
+    write_part,
+    write_result,
+    write_summary,
+)
+from megatron_bert_tp.training.trainer import Trainer
+
+MODEL = "model"
+"""Folder of a run with the export of its best checkpoint."""
+
+
+def finetune(config: TaskRun, environment: LaunchEnvironment) -> None:
+    """Train ``config`` on this rank, for each of its seeds, and measure what came of it.
+
+    What ends it early is told as by `training.pretraining.pretrain`, and the same command goes on.
+    """
+    with session(config.run, environment) as within:
+        mesh, actions = within.meet(config.parallel)
+        data = open_task_data(config, verifies=mesh.is_first, learns=True, say=within.narrator(actions))
+        tuning = _Tuning(config, data, mesh, actions, within)
+        results = {seed: tuning.of_seed(seed) for seed in config.run.seeds or (config.optimizer.seed,)}
+        with together(within.agreement):
+            if within.is_first and config.run.seeds is not None:
+                write_summary(Path(config.run.directory), results)
+                print("\n".join(summary_lines(results)))
+        within.tell_end(actions)
+
+
+@dataclass(frozen=True)
+class _Tuning:
+    """What the trainings of all seeds share."""
+
+    config: TaskRun
+    data: TaskData
+    mesh: ParallelMesh
+    actions: Actions
+    within: Session
+
+    def of_seed(self, seed: int) -> Result:
+        """Train, export and measure; what an earlier start has finished is only told."""
+        config = self._config_of(seed)
+        directory, agreement = Path(config.run.directory), self.within.agreement
+        result = None
+        with together(agreement):
+            if self.within.is_first:
+                directory.mkdir(parents=True, exist_ok=True)
+                result = _finished(config)
+        if agreement.maximum([result is not None])[0]:
+            if self.within.is_first:
+                print(f"{directory}: is already finished")
+            return result or Result(seed, 0, metric_of(config), {})
+        trainer, best_step = self._train(config, task_recipe(config, self.data))
+        return self._conclude(config, trainer, best_step)
+
+    def _config_of(self, seed: int) -> TaskRun:
+        """Settings of one seed, in a folder of its own where there are several."""
+        run = self.config.run
+        folder = run.directory if run.seeds is None else str(Path(run.directory) / f"seed_{seed}")
+        return replace(
+            self.config,
+            optimizer=replace(self.config.optimizer, seed=seed),
+            run=replace(run, directory=folder, seeds=None),
+        )
+
+    def _batches(self, config: TaskRun, part: TaskPart) -> TaskBatches:
+        return batches_of(
+            part,
+            config,
+            self.data.source,
+            self.mesh.data,
+            seed=config.optimizer.seed,
+            sizes=lambda _done: config.optimizer.global_batch,
+        )
+
+    def _train(self, config: TaskRun, recipe: Recipe) -> tuple[Trainer, int]:
+        """The trainer after its last step, and the step of its best evaluation."""
+        training = self.data.training
+        assert training is not None, "the rules of the settings ask for it"
+        begin = beginning(
+            recipe,
+            self.within.agreement,
+            is_restart=self.within.environment.restarts > 0,
+            say=lambda name: self.actions.enter(Kind.STARTING, f"verifies {name}"),
+        )
+        self.actions.enter(Kind.STARTING, "builds the model")
+        trainer = build_trainer(
+            recipe,
+            self.mesh,
+            task_objective(config, recipe, self.data, self.mesh.tensor),
+            self._batches(config, training).take,
+            agreement=self.within.agreement,
+            device=self.within.device,
+            checkpoint=begin.checkpoint,
+            actions=self.actions,
+        )
+        evaluation = self._evaluation(config, recipe, trainer)
+        Course(
+            recipe=recipe,
+            trainer=trainer,
+            begin=begin,
+            evaluation=evaluation,
+            lines=TaskLines(config.optimizer.precision == "float16"),
+            keeps=evaluation.best_step,
+        ).run(self.within, self.actions)
+        return trainer, evaluation.best_step or trainer.steps_done
+
+    def _evaluation(self, config: TaskRun, recipe: Recipe, trainer: Trainer) -> TaskEvaluation | NoEvaluation:
+        part, training = self.data.validation, self.data.training
+        if part is None or training is None:
+            return NoEvaluation()
+        agreement = self.within.agreement
+        return TaskEvaluation(
+            config,
+            self.data,
+            self._batches(config, part),
+            agreement=agreement,
+            every=steps_between_evaluations(config, training.table.num_samples),
+            last_step=recipe.optimizer.steps,
+            standing=standing_of(recipe.directory / METRICS, config, trainer.steps_done, agreement),
+        )
+
+    def _conclude(self, config: TaskRun, trainer: Trainer, best_step: int) -> Result:
+        """Take the best checkpoint, write it as a Hugging Face directory, and its predictions."""
+        directory, agreement = Path(config.run.directory), self.within.agreement
+        checkpoint = step_directory(directory / CHECKPOINTS, best_step)
+        self.actions.enter(Kind.SAVING, f"exports step {best_step}")
+        with together(agreement):
+            if self.within.is_first and not (directory / MODEL).exists():
+                print(to_huggingface(checkpoint, directory / MODEL))
+        with together(agreement):
+            if best_step != trainer.steps_done:
+                load_parts_(trainer.chunks.parts(), Checkpoint.at(checkpoint).weight)
+        metrics: dict[str, Mapping[str, float]] = {}
+        threshold = 0.0
+        for name, part in (("validation", self.data.validation), ("test", self.data.test)):
+            if part is not None:
+                metrics[name] = self._measure(config, trainer, name, part, threshold)
+                threshold = metrics[name].get(THRESHOLD, threshold)
+        result = Result(config.optimizer.seed, best_step, metric_of(config), metrics)
+        with together(agreement):
+            if self.within.is_first:
+                write_result(directory, result)
+        return result
+
+    def _measure(
+        self, config: TaskRun, trainer: Trainer, name: str, part: TaskPart, threshold: float
+    ) -> Mapping[str, float]:
+        """Metrics and files of a part, on the first rank."""
+        with self.actions.within(Kind.EVALUATION):
+            outputs, _ = outputs_of(trainer.pipeline, part.table, self._batches(config, part), trainer.objective)
+        metrics: Mapping[str, float] = {}
+        with together(self.within.agreement):
+            if self.within.is_first:
+                found = scored(config, self.data, part, outputs, null_threshold=threshold)
+                metrics = found.metrics
+                for line in write_part(Path(config.run.directory), name, found):
+                    print(line)
+        return metrics
+
+
+def _finished(config: TaskRun) -> Result | None:
+    """What an earlier start with the same settings has finished."""
+    directory = Path(config.run.directory)
+    settings = directory / SETTINGS_FILE
+    if not (directory / RESULT).exists() or config.run.resume != "auto":
+        return None
+    is_same = settings.exists() and settings.read_text(encoding="utf-8") == to_yaml(config)
+    return read_result(directory) if is_same else None

@@ -1,0 +1,173 @@
+"""Evaluations of a task while it is trained: metrics, the best checkpoint, and when to give up."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_bert_tp.config.task_schema import TaskRun
+from megatron_bert_tp.errors import ConfigError
+from megatron_bert_tp.parallel.agreement import Agreement
+from megatron_bert_tp.tasks.batches import TaskBatches
+from megatron_bert_tp.tasks.scoring import Scored, score
+from megatron_bert_tp.tasks.task import TASKS
+from megatron_bert_tp.training.evaluation import Measured
+from megatron_bert_tp.training.failures import together
+from megatron_bert_tp.training.outputs import Floats, outputs_of
+from megatron_bert_tp.training.progress import Record, pace_of_step, read_records
+from megatron_bert_tp.training.task_data import TaskData, TaskPart
+from megatron_bert_tp.training.trainer import Trainer
+
+_SMALLER_IS_BETTER = ("mean_squared_error",)
+THRESHOLD = "best_threshold"
+"""Metric of questions without answers: what the odds of no answer are compared with on the test part."""
+BEST = "is_best"
+"""Key of a record of metrics.jsonl: 1 where it was better than all before."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run stands after its evaluations: step and value of the best one, and those since then."""
+
+    step: int = 0
+    value: float | None = None
+    worse_since: int = 0
+
+    def after(self, step: int, value: float, *, sign: float) -> "Standing":
+        """The standing after another evaluation; ``sign`` is -1 where smaller is better."""
+        if self.value is None or sign * value > sign * self.value:
+            return Standing(step, value)
+        return Standing(self.step, self.value, self.worse_since + 1)
+
+
+class TaskEvaluation:
+    """Metrics on the validation part, every so many steps and after the last one."""
+
+    def __init__(
+        self,
+        config: TaskRun,
+        data: TaskData,
+        batches: TaskBatches,
+        *,
+        agreement: Agreement,
+        every: int,
+        last_step: int,
+        standing: Standing,
+    ) -> None:
+        """``batches`` are those of the validation part."""
+        assert data.validation is not None, "there is something to measure by"
+        self._config, self._data, self._part = config, data, data.validation
+        self._batches, self._agreement = batches, agreement
+        self._every, self._last_step = every, last_step
+        self.standing = standing
+        self._sign = sign_of(metric_of(config))
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best evaluation so far."""
+        return self.standing.step or None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether `run.patience` is at its end."""
+        patience = self._config.run.patience
+        return patience is not None and self.standing.worse_since >= patience
+
+    def is_due(self, steps_done: int) -> bool:
+        """Whether there is one after so many steps."""
+        return steps_done % self._every == 0 or steps_done == self._last_step
+
+    def measure(self, trainer: Trainer) -> Measured:
+        """Loss and metrics of the weights as they are; the metrics are on the first rank alone."""
+        outputs, losses = outputs_of(trainer.pipeline, self._part.table, self._batches, trainer.objective)
+        metrics = self._metrics(outputs)
+        value = self._agreement.gathered([metrics.get(metric_of(self._config), 0.0)])[0][0]
+        self.standing = self.standing.after(trainer.steps_done, value, sign=self._sign)
+        is_best = self.standing.step == trainer.steps_done
+        loss = {} if losses is None else {"loss": losses.loss}
+        return Measured({"step": trainer.steps_done, **loss, **metrics, BEST: int(is_best)}, is_best)
+
+    def _metrics(self, outputs: Floats) -> dict[str, float]:
+        """On the first rank; the others need to know no more than one number."""
+        metrics: dict[str, float] = {}
+        with together(self._agreement):
+            if self._agreement.rank == 0:
+                metrics = dict(scored(self._config, self._data, self._part, outputs).metrics)
+                check_metric(metric_of(self._config), metrics)
+        return metrics
+
+
+def scored(
+    config: TaskRun, data: TaskData, part: TaskPart, outputs: Floats, *, null_threshold: float = 0.0
+) -> Scored:
+    """Metrics and predictions of a part from the outputs of all its samples; the threshold as for `score`."""
+    names = None if data.labels is None else data.labels.names
+    task = data.task(config.task)
+    return score(task, part.examples, part.table, outputs, labels=names, null_threshold=null_threshold)
+
+
+def metric_of(config: TaskRun) -> str:
+    """Metric by which evaluations are compared."""
+    return config.run.metric or TASKS[config.task.name].metrics[0]
+
+
+def sign_of(metric: str) -> float:
+    """1 where more is better, else -1."""
+    return -1.0 if metric.startswith(_SMALLER_IS_BETTER) else 1.0
+
+
+def check_metric(name: str, metrics: dict[str, float]) -> None:
+    """ConfigError where ``run.metric`` is not measured on this data."""
+    if name not in metrics:
+        raise ConfigError(f"run.metric is {name!r}, but measured are {', '.join(metrics)}; set one of these")
+
+
+def standing_of(metrics_file: Path, config: TaskRun, steps_done: int, agreement: Agreement) -> Standing:
+    """How the run stands after the evaluations on record, up to ``steps_done``; every rank must call it."""
+    standing = Standing()
+    with together(agreement):
+        if agreement.rank == 0 and metrics_file.exists():
+            standing = _of_records(read_records(metrics_file), config, steps_done)
+    value = float("nan") if standing.value is None else standing.value
+    step, value, worse = agreement.gathered([standing.step, value, standing.worse_since])[0]
+    return Standing(int(step), None if value != value else value, int(worse))
+
+
+def _of_records(records: Sequence[Record], config: TaskRun, steps_done: int) -> Standing:
+    name, standing = metric_of(config), Standing()
+    for record in records:
+        if record["kind"] == "evaluation" and int(record["step"]) <= steps_done and name in record:
+            standing = standing.after(int(record["step"]), float(record[name]), sign=sign_of(name))
+    return standing
+
+
+class NoEvaluation:
+    """Where nothing is measured while a task is trained."""
+
+    is_over = False
+    best_step: int | None = None
+
+    def is_due(self, _steps_done: int) -> bool:
+        """Never."""
+        return False
+
+    def measure(self, trainer: Trainer) -> Measured:
+        """Nobody asks."""
+        raise AssertionError(f"no evaluation is due after step {trainer.steps_done}")
+
+
+@dataclass(frozen=True)
+class TaskLines:
+    """How steps and evaluations of a task look on the console."""
+
+    shows_scale: bool = False
+
+    def step(self, record: Record, steps: int) -> str:
+        """Loss and speed of a step."""
+        pace = pace_of_step(record, shows_scale=self.shows_scale)
+        return f"step {record['step']:>6}/{steps}  loss {record['loss']:.4f}  {pace}"
+
+    def evaluation(self, record: Record) -> str:
+        """All metrics, and whether they are the best so far."""
+        names = [name for name in record if name not in ("step", BEST)]
+        told = ", ".join(f"{name} {record[name]:.4f}" for name in names)
+        return f"validation at step {record['step']}: {told}{' (best so far)' if record[BEST] else ''}"

@@ -1,0 +1,103 @@
+"""What a run on a task leaves behind: predictions, files for benchmarks, metrics, and the summary of its seeds."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from megatron_bert_tp.checkpoint.durable import read_object
+from megatron_bert_tp.errors import DataError
+from megatron_bert_tp.tasks.scoring import Scored
+
+RESULT, SUMMARY = "result.json", "summary.json"
+_LARGEST = 2**24  # bytes of a result.json
+Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one training: the step of its best checkpoint, and the metrics of each part by its name."""
+
+    seed: int
+    best_step: int
+    metric: str
+    metrics: Mapping[str, Metrics]
+
+    @property
+    def value(self) -> float | None:
+        """The metric by which the best checkpoint was kept; None where nothing was measured."""
+        return self.metrics.get("validation", {}).get(self.metric)
+
+
+def write_part(directory: Path, name: str, scored: Scored) -> list[str]:
+    """Write predictions and files for benchmarks of the part ``name``; gives lines to tell.
+
+    ``predictions.<name>.jsonl`` has a record for each example, in their order, ``submission/<name>/`` the files
+    in the layout of the task's own benchmark.
+    """
+    predictions = directory / f"predictions.{name}.jsonl"
+    lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in scored.predictions)
+    _replace(predictions, "".join(lines))
+    for file, content in scored.submissions.items():
+        path = directory / "submission" / name / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, content)
+    told = ", ".join(f"{metric} {value:.4f}" for metric, value in scored.metrics.items()) or "no labels"
+    return [f"{name}: {told}", f"{predictions}: {len(scored.predictions):,} predictions"]
+
+
+def write_result(directory: Path, result: Result) -> None:
+    """Write ``result.json``, the last file of a training: where it is, all else is there."""
+    _replace(directory / RESULT, json.dumps(asdict(result), indent=2, allow_nan=False) + "\n")
+
+
+def read_result(directory: Path) -> Result:
+    """What `write_result` has written; DataError for anything else."""
+    path = directory / RESULT
+    values = read_object(path, largest=_LARGEST, error=DataError)
+    try:
+        return Result(**values)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise DataError(f"{path}: is no result of a training ({error}); move it away to measure again") from error
+
+
+def write_metrics(directory: Path, metrics: Mapping[str, Metrics]) -> None:
+    """Write ``metrics.json``: the metrics of an evaluation, by the name of the part."""
+    _replace(directory / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+
+
+def write_summary(directory: Path, results: Mapping[int, Result]) -> None:
+    """Write ``summary.json``: every seed, and median, least and most of each metric on validation."""
+    content = {
+        "seeds": {str(seed): asdict(result) for seed, result in results.items()},
+        "validation": spreads(list(results.values())),
+    }
+    _replace(directory / SUMMARY, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def summary_lines(results: Mapping[int, Result]) -> list[str]:
+    """A line for each metric on validation."""
+    return [
+        f"{name}: median {row['median']:.4f} of {len(results)} seeds, {row['least']:.4f} to {row['most']:.4f}"
+        for name, row in spreads(list(results.values())).items()
+    ]
+
+
+def spreads(results: Sequence[Result]) -> dict[str, dict[str, float]]:
+    """Median, least and most over the seeds of every metric on validation."""
+    rows = [result.metrics.get("validation", {}) for result in results]
+    names = [name for name in rows[0] if all(name in row for row in rows)] if rows else []
+    columns = {name: [row[name] for row in rows] for name in names}
+    return {
+        name: {"median": median(values), "least": min(values), "most": max(values)}
+        for name, values in columns.items()
+    }
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file in one step: a reader sees the old one or the new one, whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
