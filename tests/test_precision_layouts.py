@@ -32,6 +32,7 @@ LAYOUTS = [
     Layout(pipeline=2, schedule="zb-v", virtual=2),
     Layout(data=4, shards=True),
 ]
+QUICK = (EVERYTHING, Layout(pipeline=2, schedule="zb-v", virtual=2))
 NARROW_LAYOUTS = [EVERYTHING, ZERO_BUBBLE, Layout(tensor=2, sequence=True), Layout(data=4, shards=True)]
 PIPELINES = [
     Layout(pipeline=2, schedule="gpipe"),
@@ -94,7 +95,13 @@ def distance(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return max(abs(here - there) for here, there in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, id=name_of(layout), marks=() if layout in QUICK else pytest.mark.slow)
+        for layout in LAYOUTS
+    ],
+)
 def test_fifty_steps_in_float32_stay_within_a_ten_thousandth(curve_of, layout):
     truth = curve_of(LONG, Layout()).losses
     assert truth[0] - truth[-1] > 0.3, "guards the comparison: it learns"

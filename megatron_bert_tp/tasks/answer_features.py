@@ -14,7 +14,7 @@ import tokenizers
 from megatron_bert_tp.data.draws import Ints
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks.examples import AnswerExample
-from megatron_bert_tp.tasks.feature_table import FeatureTable, Flags, Tokens, bounds_of
+from megatron_bert_tp.tasks.feature_table import FeatureTable, Tokens, bounds_of
 from megatron_bert_tp.tasks.task import Kind
 from megatron_bert_tp.text.encoder import TextEncoder, windows
 
@@ -73,7 +73,6 @@ class _Window:
     ids: Tokens
     types: Tokens
     spans: Tokens
-    is_max_context: Flags
     label: tuple[int, int]
 
 
@@ -86,20 +85,17 @@ def _windows_of(whole: _Whole, example: AnswerExample, *, longest: int, overlap:
             f"for its context among {longest}; shorten it, or raise data.sequence_length"
         )
     cuts = windows(len(whole.context), size=room, overlap=overlap)
-    is_max = _max_contexts(cuts, len(whole.context))
-    return [_window(whole, cut, is_max[number, cut.start : cut.stop], example) for number, cut in enumerate(cuts)]
+    return [_window(whole, cut, example) for cut in cuts]
 
 
-def _window(whole: _Whole, cut: range, is_max: Flags, example: AnswerExample) -> _Window:
+def _window(whole: _Whole, cut: range, example: AnswerExample) -> _Window:
     shown = whole.context[cut.start : cut.stop]
     first = int(whole.context[0]) if len(whole.context) else len(whole.ids)
     end = first + len(whole.context)
     places = np.concatenate([np.arange(first), shown, np.arange(end, len(whole.ids))])
-    is_max_context = np.zeros(len(places), dtype=bool)
-    is_max_context[first : first + len(shown)] = is_max
     start, last = _answer_tokens(whole.spans[shown], example)
     label = (first + start, first + last) if start >= 0 else (0, 0)
-    return _Window(whole.ids[places], whole.types[places], whole.spans[places], is_max_context, label)
+    return _Window(whole.ids[places], whole.types[places], whole.spans[places], label)
 
 
 def _answer_tokens(spans: Tokens, example: AnswerExample) -> tuple[int, int]:
@@ -117,24 +113,6 @@ def _answer_tokens(spans: Tokens, example: AnswerExample) -> tuple[int, int]:
     return start, int(np.searchsorted(spans[:, 1], end, side="left"))
 
 
-def _max_contexts(cuts: Sequence[range], num_tokens: int) -> Flags:
-    """``[windows, tokens]``: whether a window is the one that shows a token of the context best.
-
-    That is where the smaller of its numbers of neighbours to the left and to the right is largest; of alike ones
-    the longer window, then the first (`transformers`' ``token_is_max_context``).
-    """
-    if len(cuts) == 1:
-        return np.ones((1, num_tokens), dtype=bool)
-    starts = np.array([cut.start for cut in cuts])[:, None]
-    ends = np.array([cut.stop for cut in cuts])[:, None]
-    tokens = np.arange(num_tokens)
-    # In floats as there: the weight of the length outweighs a neighbour in windows of more than 100 tokens.
-    scores = np.minimum(tokens - starts, ends - 1 - tokens) + 0.01 * (ends - starts)
-    scores = np.where((tokens >= starts) & (tokens < ends), scores, -np.inf)
-    is_best: Flags = np.arange(len(cuts))[:, None] == scores.argmax(axis=0)
-    return is_best
-
-
 def _table(samples: Sequence[_Window], numbers: Sequence[int], *, is_labelled: bool) -> FeatureTable:
     lengths = np.array([len(each.ids) for each in samples], dtype=np.int64)
     none = np.zeros(0, dtype=np.int32)
@@ -147,5 +125,4 @@ def _table(samples: Sequence[_Window], numbers: Sequence[int], *, is_labelled: b
         examples=np.array(numbers, dtype=np.int64),
         labels=labels if is_labelled else None,
         spans=np.concatenate([none.reshape(0, 2), *(each.spans for each in samples)]),
-        is_max_context=np.concatenate([none.astype(bool), *(each.is_max_context for each in samples)]),
     )

@@ -36,10 +36,6 @@ class Windows(Protocol):
     def spans(self) -> Ints | None:
         """``[tokens, 2]`` first character in the context and the one after the last; -1 at other tokens."""
 
-    @property
-    def is_max_context(self) -> Flags | None:
-        """``[tokens]`` whether a token may begin an answer in this row; None: all tokens of the context may."""
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -132,10 +128,9 @@ def _window(table: Windows, row: int, logits: Floats, limits: Limits) -> _Spans:
     tokens = slice(table.bounds[row], table.bounds[row + 1])
     places, values = table.spans[tokens], logits[tokens]
     is_context = places[:, 0] >= 0
-    may_begin = is_context if table.is_max_context is None else is_context & table.is_max_context[tokens]
     starts, ends = (np.argsort(-values[:, side], kind="stable")[: limits.n_best] for side in (0, 1))
     start, end = np.repeat(starts, len(ends)), np.tile(ends, len(starts))
-    is_kept = may_begin[start] & is_context[end] & (start <= end) & (end - start < limits.longest)
+    is_kept = is_context[start] & is_context[end] & (start <= end) & (end - start < limits.longest)
     start, end = start[is_kept], end[is_kept]
     characters = np.stack([places[start, 0], places[end, 1]], axis=1)
     found = np.stack([values[start, 0], values[end, 1]], axis=1)

@@ -38,8 +38,6 @@ class FeatureTable:
     """
     spans: npt.NDArray[np.int32] | None = None
     """ANSWER: ``[tokens, 2]`` int32, characters of the context; -1 and -1 at the question, [CLS] and [SEP]."""
-    is_max_context: Flags | None = None
-    """ANSWER: ``[tokens]``, whether no other window shows a token of the context among more of its neighbours."""
     words: Ints | None = None
     """TAGS: ``[tokens]`` int64, number of the word among the words of all examples; -1 but at first tokens."""
     truncated: int = 0

@@ -42,7 +42,7 @@ def evaluate(config: TaskRun, environment: LaunchEnvironment) -> None:
                     found = scored(config, data, part, outputs, null_threshold=threshold)
                     metrics[name] = found.metrics
                     threshold = found.metrics.get(THRESHOLD, threshold)
-                    print("\n".join(write_part(Path(config.run.directory), name, found)))
+                    within.say("\n".join(write_part(Path(config.run.directory), name, found)))
         with together(within.agreement):
             if within.is_first:
                 write_metrics(Path(config.run.directory), metrics)

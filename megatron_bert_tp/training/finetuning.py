@@ -61,7 +61,7 @@ def finetune(config: TaskRun, environment: LaunchEnvironment) -> None:
         with together(within.agreement):
             if within.is_first and config.run.seeds is not None:
                 write_summary(Path(config.run.directory), results)
-                print("\n".join(summary_lines(results)))
+                within.say("\n".join(summary_lines(results)))
         within.tell_end(actions)
 
 
@@ -85,8 +85,7 @@ class _Tuning:
                 directory.mkdir(parents=True, exist_ok=True)
                 result = _finished(config)
         if agreement.maximum([result is not None])[0]:
-            if self.within.is_first:
-                print(f"{directory}: is already finished")
+            self.within.say(f"{directory}: is already finished")
             return result or Result(seed, 0, metric_of(config), {})
         trainer, best_step = self._train(config, task_recipe(config, self.data))
         return self._conclude(config, trainer, best_step)
@@ -165,7 +164,7 @@ class _Tuning:
         self.actions.enter(Kind.SAVING, f"exports step {best_step}")
         with together(agreement):
             if self.within.is_first and not (directory / MODEL).exists():
-                print(to_huggingface(checkpoint, directory / MODEL))
+                self.within.say(to_huggingface(checkpoint, directory / MODEL))
         with together(agreement):
             if best_step != trainer.steps_done:
                 load_parts_(trainer.chunks.parts(), Checkpoint.at(checkpoint).weight)
@@ -192,8 +191,7 @@ class _Tuning:
             if self.within.is_first:
                 found = scored(config, self.data, part, outputs, null_threshold=threshold)
                 metrics = found.metrics
-                for line in write_part(Path(config.run.directory), name, found):
-                    print(line)
+                self.within.say("\n".join(write_part(Path(config.run.directory), name, found)))
         return metrics
 
 

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -77,13 +77,18 @@ class Session:
         )
         return mesh, Actions(self.board, _clock(mesh, self.device), pipeline_ranks=mesh.pipeline.ranks)
 
+    def say(self, text: str) -> None:
+        """Lines on the console, from the first rank; a console that is gone ends no run."""
+        if self.is_first:
+            with suppress(OSError):
+                print(text, flush=True)
+
     def narrator(self, actions: Actions) -> Callable[[str], None]:
         """What hears of all that takes its time at the start."""
 
         def say(text: str) -> None:
             actions.enter(Kind.STARTING, text)
-            if self.is_first:
-                print(text)
+            self.say(text)
 
         return say
 

@@ -32,7 +32,7 @@ MODELS = {
 LAYOUTS = {"one": Way(), "tensor 2": Way(tensor=2), "split": Way(tensor=2, splits_sequence=True)}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["one", "tensor 2", pytest.param("split", marks=pytest.mark.slow)])
 def test_losses_and_gradients_are_the_same_to_the_bit(ranks, layout):
     way = LAYOUTS[layout]
     jobs = {

@@ -10,6 +10,7 @@ from tests.support import ODD_SHAPE
 
 
 @needs_triton
+@pytest.mark.slow  # a minute; the kernels themselves are in the quick set
 def test_stages_in_the_interpreter(tmp_path):
     check("stage", tmp_path, is_interpreted=True)
 

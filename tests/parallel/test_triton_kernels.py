@@ -32,6 +32,7 @@ def test_kernels_in_the_interpreter(file, tmp_path):
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the assembler comes with triton for Linux")
 def test_kernels_compile_for_gpus(tmp_path):
     check("compilation", tmp_path, is_interpreted=False)

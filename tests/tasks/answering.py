@@ -29,8 +29,7 @@ class Question:
 class Mode:
     """How questions are cut and answered.
 
-    ``file`` is in ../shared/data/squad, or empty: questions of our own.  With ``has_flags`` some tokens may begin
-    no answer.
+    ``file`` is in ../shared/data/squad, or empty: questions of our own.
     """
 
     file: str
@@ -39,18 +38,17 @@ class Mode:
     longest: int = 30
     size: int = 384
     overlap: int = 128
-    has_flags: bool = False
 
 
 MODES = {
     "made 1.1": Mode(file="", may_be_none=False, n_best=5, size=64, overlap=16),
     "made 2.0": Mode(file="", may_be_none=True, n_best=4, longest=6, size=64, overlap=16),
-    "made, few": Mode(file="", may_be_none=True, n_best=1, size=48, overlap=8, has_flags=True),
+    "made, few": Mode(file="", may_be_none=True, n_best=1, size=48, overlap=8),
     "made 1.1, few": Mode(file="", may_be_none=False, n_best=1, longest=2, size=48, overlap=8),
     "real 1.1": Mode(file="xquad.en.json", may_be_none=False),
     "real 2.0": Mode(file="dev-v2.0.first1050.json", may_be_none=True),
-    "real 2.0, flags": Mode(
-        file="dev-v2.0.first1050.json", may_be_none=True, n_best=3, longest=8, size=128, overlap=32, has_flags=True
+    "real 2.0, short": Mode(
+        file="dev-v2.0.first1050.json", may_be_none=True, n_best=3, longest=8, size=128, overlap=32
     ),
 }
 
@@ -97,11 +95,6 @@ def logits_of(windows: Sequence[tuple[int, Array]], questions: Sequence[Question
             values[0] += 4
         found.append(values)
     return np.concatenate(found)
-
-
-def flags_of(num_tokens: int) -> Array:
-    """``[tokens]`` whether a token may begin an answer: any two of three."""
-    return np.random.default_rng(8).integers(0, 3, num_tokens) > 0
 
 
 def digest(prediction: str, candidates: Sequence[Record], odds: float | None) -> str:

@@ -24,7 +24,7 @@ from transformers import BertTokenizerFast
 from transformers.data.metrics.squad_metrics import squad_evaluate
 
 from tests.prediction.texts import VOCABULARIES
-from tests.tasks.answering import MODES, Mode, Question, digest, flags_of, logits_of, questions_of
+from tests.tasks.answering import MODES, Mode, Question, digest, logits_of, questions_of
 
 OUT = Path(__file__).parent / "answers_4_57.json"
 REAL_VOCABULARY = "vocab/bert-large-uncased-vocab.txt"
@@ -72,15 +72,12 @@ def answered(
     spans = [np.array([pair or (-1, -1) for pair in each["offset_mapping"]]) for each in features]
     windows = [(each["number"], span) for each, span in zip(features, spans, strict=True)]
     bounds = np.cumsum([0, *map(len, spans)])
-    logits, flags = logits_of(windows, questions), flags_of(int(bounds[-1]))
+    logits = logits_of(windows, questions)
     parts = [slice(*pair) for pair in pairwise(bounds)]
     for part in parts:
         for side in (0, 1):  # numpy's order of equal logits is not defined
             best = np.sort(logits[part, side])[-mode.n_best - 1 :]
             assert len(set(best.tolist())) == len(best)
-    if mode.has_flags:
-        for each, part in zip(features, parts, strict=True):
-            each["token_is_max_context"] = {str(place): bool(flag) for place, flag in enumerate(flags[part])}
     with tempfile.TemporaryDirectory() as folder:
         post_process(
             Rows({"id": each.id, "context": each.context} for each in questions),

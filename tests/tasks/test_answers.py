@@ -15,7 +15,7 @@ from megatron_bert_tp.tasks.features import features_of
 from megatron_bert_tp.tasks.scoring import Scored, score
 from megatron_bert_tp.tasks.task import Kind
 from tests.sources import real_data
-from tests.tasks.answering import MODES, Mode, digest, flags_of, logits_of, questions_of
+from tests.tasks.answering import MODES, Mode, digest, logits_of, questions_of
 from tests.tasks.encoders import encoder_of
 
 GOLDEN = json.loads((Path(__file__).parent / "answers_4_57.json").read_text(encoding="utf-8"))["modes"]
@@ -51,8 +51,7 @@ def scored(name: str, folder: Path) -> Scored:
     encoder = encoder_of("bert uncased" if mode.file else "uncased", folder)
     table = features_of(examples, encoder, task, labels=None, sequence_length=mode.size)
     assert (len(table.ids), len(table.bounds) - 1) == (GOLDEN[name]["tokens"], GOLDEN[name]["windows"])
-    flags = flags_of(len(table.ids)) if mode.has_flags else None
-    return score(task, examples, replace(table, is_max_context=flags), logits_for(table, questions), labels=None)
+    return score(task, examples, table, logits_for(table, questions), labels=None)
 
 
 def task_of(mode: Mode) -> TaskConfig:
@@ -124,7 +123,7 @@ WORDS = [(0, 2), (3, 5), (6, 8), (9, 11)]
 NOWHERE = (-1, -1)
 
 
-def windows_of(*parts: list[tuple[int, int]], flags: list[bool] | None = None) -> FeatureTable:
+def windows_of(*parts: list[tuple[int, int]]) -> FeatureTable:
     rows = [[NOWHERE, NOWHERE, NOWHERE, *part, NOWHERE] for part in parts]
     spans = np.array([span for row in rows for span in row], dtype=np.int32)
     return FeatureTable(
@@ -134,7 +133,6 @@ def windows_of(*parts: list[tuple[int, int]], flags: list[bool] | None = None) -
         bounds=bounds_of(np.array([len(row) for row in rows])),
         examples=np.zeros(len(rows), dtype=np.int64),
         spans=spans,
-        is_max_context=None if flags is None else np.array(flags),
     )
 
 
@@ -166,14 +164,6 @@ def test_an_answer_has_at_most_so_many_tokens():
     starts, ends = [0, 0, 0, 4, 3, 0, 0, 0], [0, 0, 0, 0, 1, 5, 0, 0]
     assert texts(answers_of(windows_of(WORDS), starts, ends, Limits(20, 2, False)))[0] == "cd ef"
     assert texts(answers_of(windows_of(WORDS), starts, ends, Limits(20, 3, False)))[0] == "ab cd ef"
-
-
-def test_a_token_without_its_largest_context_begins_no_answer():
-    flags = [True, True, True, False, True, True, True, True]
-    starts, ends = [0, 0, 0, 4, 3, 0, 0, 0], [0, 0, 0, 0, 1, 5, 0, 0]
-    found = answers_of(windows_of(WORDS, flags=flags), starts, ends, Limits(20, 30, False))
-    assert texts(found)[0] == "cd ef"
-    assert not any(text.startswith("ab") for text in texts(found))
 
 
 def test_windows_must_agree_that_there_is_no_answer():

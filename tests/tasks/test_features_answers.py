@@ -62,7 +62,7 @@ def table_of(examples, encoder, *, longest: int, overlap: int) -> FeatureTable:
 
 def windows_of(table: FeatureTable) -> Iterator[dict[str, object]]:
     cuts = table.bounds[1:-1]
-    names = ("ids", "types", "spans", "is_max_context")
+    names = ("ids", "types", "spans")
     parts = zip(*(np.split(getattr(table, name), cuts) for name in names), strict=True)
     for number, values in enumerate(parts):
         label = None if table.labels is None else tuple(table.labels[number].tolist())
@@ -155,39 +155,6 @@ def test_labelled_tokens_of_squad_hold_the_answer_and_little_more(encoder, longe
     assert num_exact > 0.98 * num_answered  # the rest are parts of what the tokenizer takes for one word
 
 
-@pytest.mark.parametrize(("longest", "overlap"), [(24, 8), (24, 2), (40, 16), (150, 149), (384, 128), (450, 300)])
-def test_each_token_of_a_context_is_best_seen_in_one_window(small, longest, overlap):
-    """Against a loop over all windows for each token, as the definition has it."""
-    questions = ["The river?", "x", "Who was in the school of London?"]
-    examples = [example("?", question, LONG) for question in questions]
-    found = list(windows_of(table_of(examples, small, longest=longest, overlap=overlap)))
-    for number in range(len(questions)):
-        shown = [
-            [(place, tuple(span)) for place, span in enumerate(window["spans"]) if span[0] >= 0]
-            for window in found
-            if window["example"] == number
-        ]
-        flags = [window["is_max_context"] for window in found if window["example"] == number]
-        best: dict[tuple[int, int, int], tuple[float, int]] = {}
-        keys = [[(*span, repeat_of(tokens, index)) for index, (_, span) in enumerate(tokens)] for tokens in shown]
-        for window, tokens in enumerate(keys):
-            for index, key in enumerate(tokens):
-                score = min(index, len(tokens) - 1 - index) + 0.01 * len(tokens)
-                if key not in best or score > best[key][0]:
-                    best[key] = (score, window)
-        for window, (tokens, places) in enumerate(zip(keys, shown, strict=True)):
-            expected = [False] * len(flags[window])
-            for key, (place, _) in zip(tokens, places, strict=True):
-                expected[place] = best[key][1] == window
-            assert flags[window] == expected
-        assert sum(map(sum, flags)) == len(best)
-
-
-def repeat_of(tokens: list[tuple[int, tuple[int, int]]], index: int) -> int:
-    """How many tokens before this one are of the same characters; of LONG none are."""
-    return sum(span == tokens[index][1] for _, span in tokens[:index])
-
-
 def test_an_answer_in_the_last_token_of_a_window_is_found_there(small):
     context = "was found in the river"
     (found,) = windows_of(
@@ -240,5 +207,4 @@ def test_a_question_that_leaves_no_room_is_refused_with_its_place(small):
 def test_a_context_without_a_token_has_one_window_without_an_answer(small):
     (found,) = windows_of(table_of([example("?", "x", "\x07")], small, longest=16, overlap=4))
     assert found["label"] == (0, 0)
-    assert not any(found["is_max_context"])
     assert set(map(tuple, found["spans"])) == {(-1, -1)}

@@ -58,6 +58,7 @@ def test_data_parallel_and_one_process_follow_the_tensor_x_pipeline_curve(data, 
     assert here["unigram_loss"] == pytest.approx(there["unigram_loss"], rel=1e-12)
 
 
+@pytest.mark.slow  # a run that is stopped and goes on gives the same bits, which the quick set sees
 def test_the_same_run_twice_is_the_same_bit_for_bit(data, finished_run, tmp_path):
     layout = ["parallel.tensor=2", "parallel.pipeline=2", "run.evaluation_samples=0"]
     succeeded(pretrain(data, f"run.directory={tmp_path}/run", *layout, processes=4))

@@ -1,0 +1,26 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_bert_tp.config.task_table import Kind
+from tests.finetuning.cases import Files, write_model, write_task
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    """Hugging Face directory of a pretraining model of two layers, written by `transformers`."""
+    return write_model(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="session")
+def files_of(small_model, tmp_path_factory) -> Callable[[Kind], Files]:
+    """Files and settings of the task of a kind, made once."""
+    known: dict[Kind, Files] = {}
+
+    def files_of(kind: Kind) -> Files:
+        if kind not in known:
+            known[kind] = write_task(kind, tmp_path_factory.mktemp(kind.name.lower()), small_model)
+        return known[kind]
+
+    return files_of
