@@ -4,17 +4,17 @@
         [--only pretrained|random] [--examples 10000] [--epochs 3] [--seeds 1 2 3] [--processes 2] [--threads 1]
 
 ``--weights`` is anything that `model.weights` takes, ``--data`` has the folders that docs/results.md lists.  Each
-task is ``python -m megatron_bert_tp.finetune configs/finetune/<task>.yaml`` (under torchrun with several processes)
+task is ``python -m megatron_bert_tp.finetune configs/finetune/<task>.yaml``, under torchrun with more processes,
 twice, one after the other: from the weights, and with model.random_weights=true.  All else is the same for both.
 After each, FILE has its row.
 
+Two calls, one with ``--only pretrained`` and one with ``--only random``, may run side by side with the same FILE.
 Ctrl-C and SIGTERM go to the training in progress, which saves and ends; the same command goes on there.  A row is
 made once for its settings and weights: other ones have folders of their own in RUNS.  Checkpoints of what is done
 are removed; models, metrics and predictions stay.
 """
 
 import argparse
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -28,133 +28,40 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
-from finetuning_report import SIDES, Rows, read_rows, result_of, show, write_rows
+from finetuning_report import SIDES, add_row, read_rows, result_of, show
+from finetuning_tasks import CONFIGS, TRIALS, Start, Training, Way
 
-from megatron_bert_tp.checkpoint.directories import candidates
 from megatron_bert_tp.config.load import load_task
 from megatron_bert_tp.errors import ExitCode, MegatronBertError
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "finetune"
-SAME = (
-    "data.test=null",
-    "optimizer.global_batch=32",
-    "optimizer.warmup_share=0.1",
-    "optimizer.precision=float32",
-    "parallel.packing=bins",
-    "parallel.microbatch_tokens=4096",
-)
-"""Settings of all tasks and both sides."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A task: its settings file, its data below ``--data``, and what a small model needs otherwise."""
-
-    settings: str
-    train: str
-    validation: str
-    sequence_length: int
-    learning_rate: str = "5e-4"
-    more: tuple[str, ...] = ()
-
-
-TRIALS = {
-    "sst-2": Trial("sst-2.yaml", "glue/SST-2/train.tsv", "glue/SST-2/dev.tsv", 64),
-    "trec": Trial("trec.yaml", "trec_qc/train.txt", "trec_qc/test.txt", 32),
-    "mrpc": Trial("mrpc.yaml", "glue/MRPC/train.tsv", "glue/MRPC/dev.tsv", 128),
-    "sts-b": Trial("sts-b.yaml", "glue/STS-B/train.tsv", "glue/STS-B/dev.tsv", 96),
-    "wnut-17": Trial("ner.yaml", "wnut17/wnut17train.conll", "wnut17/emerging.dev.conll", 128),
-    "squad": Trial(
-        "squad.yaml", "squad/train-v1.1.first4370.json", "squad/xquad.en.json", 192, "3e-4", ("task.overlap=64",)
-    ),
-    "race": Trial("race.yaml", "race_layout/train", "race_layout/dev", 192),
-}
-
-
-@dataclass(frozen=True)
-class Way:
-    """What all trainings of a call share; ``weights_id`` tells the content of ``weights``."""
-
-    weights: Path
-    weights_id: str
-    data: Path
-    out: Path
-    examples: int
-    epochs: float
-    seeds: tuple[int, ...]
-    processes: int
-    threads: int
-    device: str
-
-
-@dataclass(frozen=True)
-class Training:
-    """One task on one side, for all seeds."""
-
-    name: str
-    side: str
-    way: Way
-
-    @property
-    def trial(self) -> Trial:
-        """Row of the table."""
-        return TRIALS[self.name]
-
-    @property
-    def learned(self) -> tuple[str, ...]:
-        """Overrides that decide what comes out."""
-        return (
-            *SAME,
-            f"model.random_weights={SIDES[self.side]}",
-            f"data.sequence_length={self.trial.sequence_length}",
-            f"data.most_train={self.way.examples}",
-            f"optimizer.learning_rate={self.trial.learning_rate}",
-            f"optimizer.epochs={self.way.epochs:g}",
-            f"run.seeds=[{', '.join(map(str, self.way.seeds))}]",
-            *self.trial.more,
-        )
-
-    @property
-    def key(self) -> str:
-        """What tells its result from those of other settings, data files and weights."""
-        file = (CONFIGS / self.trial.settings).read_text(encoding="utf-8")
-        parts = (file, *self.learned, self.trial.train, self.trial.validation, self.way.weights_id)
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
-
-    @property
-    def directory(self) -> Path:
-        """Its own folder in RUNS."""
-        return self.way.out / self.name / f"{self.side}-{self.key}"
-
-    @property
-    def overrides(self) -> tuple[str, ...]:
-        """All settings that differ from the file."""
-        return (
-            *self.learned,
-            f"model.weights={self.way.weights}",
-            f"data.train={self.way.data / self.trial.train}",
-            f"data.validation={self.way.data / self.trial.validation}",
-            f"run.directory={self.directory}",
-            "run.keep_last=1",
-            f"run.device={self.way.device}",
-        )
-
-    @property
-    def command(self) -> list[str]:
-        """What trains it; torchrun by its module, so that it is this environment's."""
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={self.way.processes}", "-m"]
-        launcher = torchrun if self.way.processes > 1 else []
-        file = str(CONFIGS / self.trial.settings)
-        return [sys.executable, "-m", *launcher, "megatron_bert_tp.finetune", file, *self.overrides]
 
 
 def main() -> None:
     """Train what has no row yet, and print the table."""
     given = arguments()
     os.nice(given.nice)
+    trainings = trainings_of(given)
+    stop = Stop()
+    for training in trainings:
+        row = read_rows(given.json).get(training.name, {}).get(training.side, {})
+        if row.get("key") == training.key:
+            print(f"{training.name} {training.side}: is already in {given.json}")
+            continue
+        print(f"{training.name} {training.side}: {training.directory}", flush=True)
+        train(training, stop)
+        add_row(given.json, training.name, training.side, row_of(training), order=list(TRIALS))
+        remove_checkpoints(training)
+        stop.end_if_asked()
+    show(read_rows(given.json))
+
+
+def trainings_of(given: argparse.Namespace) -> list[Training]:
+    """What is to be trained, in this order; ends this process where some of it cannot be."""
+    try:
+        start = Start.at(given.weights)
+    except MegatronBertError as error:
+        sys.exit(str(error))
     way = Way(
-        weights=given.weights.resolve(),
-        weights_id=weights_id(given.weights),
+        start=start,
         data=given.data.resolve(),
         out=given.out.resolve(),
         examples=given.examples,
@@ -168,22 +75,11 @@ def main() -> None:
     trainings = [Training(name, side, way) for name in given.tasks for side in sides]
     if problems := list(problems_of(trainings)):
         sys.exit("\n".join(problems))
-    stop = Stop()
-    for training in trainings:
-        rows = read_rows(given.json)
-        if rows.get(training.name, {}).get(training.side, {}).get("key") == training.key:
-            print(f"{training.name} {training.side}: is already in {given.json}")
-            continue
-        print(f"{training.name} {training.side}: {training.directory}", flush=True)
-        train(training, stop)
-        write_rows(given.json, in_order(rows, training, row_of(training)))
-        remove_checkpoints(training)
-        stop.end_if_asked()
-    show(read_rows(given.json))
+    return trainings
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """What is given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="Hugging Face directory, run or checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
@@ -199,20 +95,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="run.device (default cpu)")
     parser.add_argument("--nice", type=int, default=0, metavar="N", help="give way to other processes")
     return parser.parse_args()
-
-
-def weights_id(weights: Path) -> str:
-    """SHA-256 of the files of weights; of a checkpoint, of the manifest, which has those of its files."""
-    newest = next(iter(candidates(weights / "checkpoints")), weights)
-    manifest = newest / "manifest.json"
-    files = [manifest] if manifest.exists() else sorted(weights.glob("*.safetensors"))
-    if not files:
-        sys.exit(f"{weights}: holds no weights; --weights is a Hugging Face directory, a run or a checkpoint")
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
 
 
 def problems_of(trainings: list[Training]) -> Iterator[str]:
@@ -283,9 +165,10 @@ def row_of(training: Training) -> dict[str, object]:
     return {
         **result_of(training.directory),
         "key": training.key,
-        "weights": training.way.weights_id,
-        "files": [training.trial.settings, training.trial.train, training.trial.validation],
-        "settings": list(training.learned),
+        "start": training.start_id,
+        "sizes": training.way.start.sizes,
+        "files": training.files,
+        "settings": training.learned,
         "processes": training.way.processes,
         "threads": training.way.threads,
         "versions": {
@@ -294,12 +177,6 @@ def row_of(training: Training) -> dict[str, object]:
         },
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-
-
-def in_order(rows: Rows, training: Training, row: dict[str, object]) -> Rows:
-    """``rows`` with one more, in the order of the tasks; one of the other side stays, however it was made."""
-    more = {**rows, training.name: {**rows.get(training.name, {}), training.side: row}}
-    return {name: more[name] for name in TRIALS if name in more}
 
 
 def remove_checkpoints(training: Training) -> None:

@@ -1,8 +1,9 @@
 """Rows of `finetuning.py`: what came of a task on each side, and how far the two lie apart."""
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -46,13 +47,20 @@ def read_rows(file: Path) -> Rows:
     return {name: {side: row for side, row in sides.items() if side in SIDES} for name, sides in rows.items()}
 
 
-def write_rows(file: Path, rows: Rows) -> None:
-    """Write all rows and what they say together, in one step."""
-    tasks = {name: {**sides, **comparison(sides)} for name, sides in rows.items()}
+def add_row(file: Path, name: str, side: str, row: Mapping[str, object], *, order: Sequence[str]) -> None:
+    """Add a row, or put it in the place of an older one; the rows stand in the order of the tasks.
+
+    The file is replaced in one step, and two calls of the driver may share it.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps({"tasks": tasks}, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    with file.with_name(f"{file.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = read_rows(file)
+        rows = {**rows, name: {**rows.get(name, {}), side: row}}
+        tasks = {each: {**rows[each], **comparison(rows[each])} for each in order if each in rows}
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_text(json.dumps({"tasks": tasks}, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, file)
 
 
 def comparison(sides: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
@@ -63,7 +71,7 @@ def comparison(sides: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
     if sides.keys() != SIDES.keys():
         return {}
     pretrained, random = sides["pretrained"], sides["random"]
-    if any(_shared(pretrained, name) != _shared(random, name) for name in ("settings", "files", "weights")):
+    if any(_shared(pretrained, name) != _shared(random, name) for name in ("settings", "files", "sizes")):
         return {}
     return {
         "gain": _number(pretrained, "median") - _number(random, "median"),
@@ -83,8 +91,8 @@ def _number(row: Mapping[str, object], name: str) -> float:
 
 
 def show(rows: Rows) -> None:
-    """A line for each task."""
-    table = Table("task", "metric", *SIDES, "gain", "all seeds apart", "minutes")
+    """A line for each task; "apart" is `is_apart` of `comparison`."""
+    table = Table("task", "metric", *SIDES, "gain", "apart", "minutes")
     for name, sides in rows.items():
         compared = comparison(sides)
         metric = next(iter(sides.values()))["metric"]

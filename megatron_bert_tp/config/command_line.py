@@ -44,13 +44,13 @@ def _private_files() -> Iterator[None]:
 def _exit_code(main: Callable[[list[str]], int | None], usage: str, given: list[str]) -> int:
     try:
         environment = read_environment()
-        if _HELP.intersection(given):
-            _print_help(usage, environment)
-            return 0
     except MegatronBertError as error:
         tell_error(str(error), LaunchEnvironment())
         return error.exit_code
     try:
+        if _HELP.intersection(given):
+            _print_help(usage, environment)
+            return 0
         return main(given) or 0
     except MegatronBertError as error:
         if not error.is_told:
@@ -102,4 +102,4 @@ def _short(usage: str) -> str:
 
 def _print_help(usage: str, environment: LaunchEnvironment) -> None:
     if environment.is_first:
-        print(usage.rstrip())
+        print(usage.rstrip(), flush=True)

@@ -8,7 +8,6 @@ from megatron_bert_tp.config.parallel_rules import BATCH_RULES, LAYOUT_RULES, MO
 from megatron_bert_tp.config.problems import Problem, listed
 from megatron_bert_tp.config.rule import Broken, Rule, broken_rules
 from megatron_bert_tp.config.run_rules import RUN_RULES
-from megatron_bert_tp.config.settings import all_settings
 from megatron_bert_tp.config.task_kind_rules import TASK_KIND_RULES
 from megatron_bert_tp.config.task_schema import TaskRun
 from megatron_bert_tp.config.task_table import TASKS, Kind
@@ -89,12 +88,13 @@ def _draw_is_read(draw: int, most: int | None) -> Broken | None:
     return Broken("is read with data.most_train alone", "leave data.draw out, or set data.most_train")
 
 
-def _length_is_said_once(epochs: float, steps: int | None) -> Broken | None:
-    if steps is None or epochs == all_settings(TaskRun)["optimizer.epochs"].default:
+def _length_is_said_once(epochs: float | None, steps: int | None) -> Broken | None:
+    if steps is None or epochs is None:
         return None
+    # A file of configs/finetune has epochs, so that leaving them out is not always a way.
     return Broken(
         f"and optimizer.steps ({steps}) both say how long the run is",
-        "leave optimizer.epochs or optimizer.steps out",
+        "take one back: optimizer.epochs=null, or optimizer.steps=null",
     )
 
 

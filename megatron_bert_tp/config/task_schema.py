@@ -75,7 +75,7 @@ class TaskConfig:
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     separator: str = setting(",", "multi-label: what stands between the labels of a row")
     scheme: Literal["auto", "iob1", "iob2", "bioes"] = setting(
-        "auto", "token-classification: how the tags of a file mark entities; auto: judged by the training data"
+        "auto", "token-classification: how tags mark entities; auto: judged by the tags of the files of each part"
     )
     unit: Literal["sentence", "document"] = setting(
         "sentence", "token-classification: what a sample is; documents too long are split between sentences"
@@ -117,7 +117,9 @@ class TaskDataConfig:
 class TaskOptimizerConfig(UpdateConfig):
     """How the weights move."""
 
-    epochs: float = setting(3.0, "times that the training data is seen", above=0)
+    epochs: float | None = setting(
+        None, "times that the training data is seen; null: 3, or what optimizer.steps makes of it", above=0
+    )
     schedule: Literal["linear", "cosine", "constant"] = setting("linear", "learning rate after the warm-up")
     warmup_share: float = setting(0.1, "share of the steps that warm up", at_least=0, at_most=1)
     layer_decay: float = setting(

@@ -30,7 +30,7 @@ _PIPELINES = {
 _LEARNED = ("task", "data", "objective", "optimizer")
 _PLACES = ("data.corpus", "data.tokenizer", "data.train", "data.validation", "data.test")
 """Of these, only the name is anybody's business."""
-_PASSING = {"kind", "step", "seconds_left", "tokens_per_second"}
+_PASSING = {"kind", "step", "seconds_left", "tokens_per_second", "is_best", "measured_on"}
 _WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 
 

@@ -34,15 +34,18 @@ def to_huggingface(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int | None = None,
     progress: Progress | None = None,
+    is_verified: bool = False,
 ) -> str:
     """Export weights, tokenizer, settings and a model card of a checkpoint, or of the newest one of a run.
 
-    CheckpointError when it is damaged (every SHA-256 is compared); FormatError when ``out`` cannot be written.
+    CheckpointError when it is damaged (every SHA-256 is compared, unless that was just done); FormatError when
+    ``out`` cannot be written.
     """
     check_free(out)
     opened = Checkpoint.open(checkpoint)
     source = ModelSource.of_checkpoint(opened)
-    opened.verify()
+    if not is_verified:
+        opened.verify()
     size = write_directory(
         out,
         source.shape,

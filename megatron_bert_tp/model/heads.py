@@ -1,8 +1,10 @@
 """What stands on the encoder on the last stage: language model, next sentence, classifiers."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_bert_tp.model.activations import ACTIVATION_FUNCTIONS
@@ -10,6 +12,7 @@ from megatron_bert_tp.model.dropout import dropout_add
 from megatron_bert_tp.model.shape import Head, ModelShape
 from megatron_bert_tp.parallel.linear import VocabParallelProjection
 from megatron_bert_tp.parallel.mesh import Axis
+from megatron_bert_tp.parallel.narrow import is_narrow
 from megatron_bert_tp.parallel.random_bits import Place, RandomBits
 from megatron_bert_tp.parallel.replicated import HeadLayerNorm
 from megatron_bert_tp.parallel.sharding import Sharding, padded_share
@@ -77,11 +80,22 @@ class LanguageHeads(nn.Module):
             self.seq_relationship = nn.Linear(shape.hidden_size, 2, dtype=dtype)
 
 
+def wide_linear(linear: nn.Module, states: Tensor) -> Tensor:
+    """A linear layer of few outputs, computed in float32 where its weights are narrower.
+
+    The logits of bfloat16 have 8 bits: too few to tell neighbouring values of a regression apart.
+    """
+    assert isinstance(linear, nn.Linear)
+    if not is_narrow(states):
+        logits: Tensor = linear(states)
+        return logits
+    return F.linear(states.float(), linear.weight.float(), linear.bias.float())
+
+
 def classify(
-    linear: nn.Module, states: Tensor, bits: RandomBits | TokenBits | None, probability: float
+    linear: Callable[[Tensor], Tensor], states: Tensor, bits: RandomBits | TokenBits | None, probability: float
 ) -> Tensor:
     """Dropout, then the linear layer: ``[batch, hidden]`` or ``[batch, sequence, hidden]`` to logits."""
     rows = states if states.dim() == 3 else states[:, None]
     dropped = dropout_add(rows, None, bits, probability=probability, layer=0, place=Place.CLASSIFIER)
-    logits: Tensor = linear(dropped if states.dim() == 3 else dropped[:, 0])
-    return logits
+    return linear(dropped if states.dim() == 3 else dropped[:, 0])

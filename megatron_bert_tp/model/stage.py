@@ -1,6 +1,7 @@
 """The part of a MegatronBert that one pipeline stage holds; a plan of all layers makes the whole model."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -10,7 +11,7 @@ from megatron_bert_tp.errors import LayoutError
 from megatron_bert_tp.model.context import Context
 from megatron_bert_tp.model.embeddings import Embeddings
 from megatron_bert_tp.model.encoder import Encoder
-from megatron_bert_tp.model.heads import LanguageHeads, Pooler, classify
+from megatron_bert_tp.model.heads import LanguageHeads, Pooler, classify, wide_linear
 from megatron_bert_tp.model.masks import self_attention_mask
 from megatron_bert_tp.model.recompute import Recompute
 from megatron_bert_tp.model.segments import Segments
@@ -217,12 +218,12 @@ class MegatronBertStage(nn.Module):
         head = self.head
         if not (head.has_predictions or head.has_next_sentence or (head.linear and head.has_pooler)):
             whole = context.whole(hidden)
-            return _widened(self.logits_of_classes(whole, bits)) if head.linear else whole
+            return self.logits_of_classes(whole, bits) if head.linear else whole
         positions = cast(MaskedInput, batch).masked_positions if head.has_predictions else None
         rows, samples = context.rows_of_heads(hidden, positions, has_samples=head.has_pooler)
         if head.linear:
             bits = None if bits is None else bits.of_samples()
-            return _widened(self.logits_of_classes(self.bert.pooler(samples), bits))
+            return self.logits_of_classes(self.bert.pooler(samples), bits)
         if not head.has_predictions:
             return self._next_sentence(samples)
         masked: Tensor = self.cls.predictions(rows)
@@ -233,13 +234,16 @@ class MegatronBertStage(nn.Module):
         return _widened(logits)
 
     def logits_of_classes(self, states: Tensor, bits: RandomBits | None) -> Tensor:
-        """Dropout and the linear layer of the head on pooled ``[batch, hidden]`` or all positions' states."""
+        """Dropout and the linear layer of the head on pooled ``[batch, hidden]`` or all positions' states.
+
+        In float32 where the states are narrower.
+        """
         assert self.head.linear is not None
         probability = self.shape.hidden_dropout_prob if self.head.has_dropout else 0.0
         own: RandomBits | TokenBits | None = bits
         if bits is not None and self.kernels == "triton":
             own = TokenBits.of(bits, states.shape[1] if states.dim() == 3 else 1, states.device)
-        return classify(self.get_submodule(self.head.linear), states, own, probability)
+        return classify(partial(wide_linear, self.get_submodule(self.head.linear)), states, own, probability)
 
     def boundary_shape(self, batch: StageInput) -> tuple[int, int, int]:
         """Shape of what one stage sends to the next for this microbatch.

@@ -13,7 +13,8 @@ import tokenizers
 
 from megatron_bert_tp.data.draws import Ints
 from megatron_bert_tp.errors import DataError
-from megatron_bert_tp.tasks.examples import AnswerExample
+from megatron_bert_tp.parallel.cross_entropy import IGNORED
+from megatron_bert_tp.tasks.examples import UNKNOWN_PLACE, Answer, AnswerExample
 from megatron_bert_tp.tasks.feature_table import FeatureTable, Tokens, bounds_of
 from megatron_bert_tp.tasks.task import Kind
 from megatron_bert_tp.text.encoder import TextEncoder, windows
@@ -27,8 +28,9 @@ def answer_features(
 ) -> FeatureTable:
     """Windows of at most ``longest`` tokens, two neighbours with ``overlap`` tokens of the context in common.
 
-    The first answer of an example is its label.  Leading blanks of a question are dropped.  DataError for a
-    question that leaves no room for its context.
+    The first answer with a place is the label of an example; one that has answers, but no place of any, is
+    ignored by the loss.  Leading blanks of a question are dropped.  DataError for a question that leaves no room
+    for its context.
     """
     samples: list[_Window] = []
     numbers: list[int] = []
@@ -93,20 +95,29 @@ def _window(whole: _Whole, cut: range, example: AnswerExample) -> _Window:
     first = int(whole.context[0]) if len(whole.context) else len(whole.ids)
     end = first + len(whole.context)
     places = np.concatenate([np.arange(first), shown, np.arange(end, len(whole.ids))])
-    start, last = _answer_tokens(whole.spans[shown], example)
-    label = (first + start, first + last) if start >= 0 else (0, 0)
+    label = _label(whole.spans[shown], first, example)
     return _Window(whole.ids[places], whole.types[places], whole.spans[places], label)
 
 
-def _answer_tokens(spans: Tokens, example: AnswerExample) -> tuple[int, int]:
-    """First and last token of the first answer among tokens with these ``spans``; -1 twice if it is not all there.
+def _label(spans: Tokens, first: int, example: AnswerExample) -> tuple[int, int]:
+    """Places of the answer in a window whose context has these ``spans`` and begins at the place ``first``."""
+    answer = next((each for each in example.answers if each.start != UNKNOWN_PLACE), None)
+    if answer is None:
+        # [CLS] would say that there is no answer; there is one, but nobody knows where.
+        return (IGNORED, IGNORED) if example.answers else (0, 0)
+    start, last = _answer_tokens(spans, answer)
+    return (first + start, first + last) if start >= 0 else (0, 0)
+
+
+def _answer_tokens(spans: Tokens, answer: Answer) -> tuple[int, int]:
+    """First and last token of the answer among tokens with these ``spans``; -1 twice if it is not all there.
 
     A character between two tokens belongs to the one before at the start of an answer, and to the one behind at
     its end.
     """
-    if not example.answers or not len(spans):
+    if not len(spans):
         return -1, -1
-    first, end = example.answers[0].start, example.answers[0].start + len(example.answers[0].text)
+    first, end = answer.start, answer.start + len(answer.text)
     if spans[0, 0] > first or spans[-1, 1] < end:
         return -1, -1
     start = int(np.searchsorted(spans[:, 0], first, side="right")) - 1

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bert_tp.errors import DataError
+
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 Rule = Callable[[str, Sequence[str]], tuple[float, float]]
@@ -37,7 +39,14 @@ def word_f1(answer: str, expected: str) -> float:
 
 
 def scores_1_1(answer: str, expected: Sequence[str]) -> tuple[float, float]:
-    """Exact match and F1 against the best fitting of the expected answers, as SQuAD 1.1 has it."""
+    """Exact match and F1 against the best fitting of the expected answers, as SQuAD 1.1 has it.
+
+    DataError where none is expected: only SQuAD 2.0 says what is right then.
+    """
+    if not expected:
+        raise DataError(
+            "no answer is expected of a question, which SQuAD 1.1 does not measure; set task.unanswerable=true"
+        )
     exact = max(float(normalized(answer) == normalized(each)) for each in expected)
     return exact, max(word_f1(answer, each) for each in expected)
 
@@ -80,7 +89,7 @@ def best_threshold(scores: Floats, is_answerable: Flags, odds: Floats) -> Thresh
 
 
 def metrics_1_1(answers: Sequence[str], expected: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Means of exact match and F1 where every question has an answer."""
+    """Means of exact match and F1 where every question has an answer; DataError where one has none."""
     return {name: float(values.mean()) for name, values in _scores(answers, expected, scores_1_1).items()}
 
 

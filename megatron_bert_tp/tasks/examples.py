@@ -5,6 +5,9 @@ Labels are what the file says, as text; `tasks.labels` makes numbers of them.
 
 from dataclasses import dataclass
 
+UNKNOWN_PLACE = -1
+"""Start of an answer whose text is not where its file says, so that it can be measured by, but not learned."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
@@ -39,7 +42,7 @@ class ChoiceExample(Example):
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and the character of the context at which it begins."""
+    """An answer and the character of the context at which it begins, or `UNKNOWN_PLACE`."""
 
     text: str
     start: int

@@ -33,8 +33,8 @@ class FeatureTable:
 
     CLASS and CHOICE: ``[samples]`` int64.  CLASSES: ``[samples, classes]`` float32, 1 where a class holds.
     NUMBER: ``[samples]`` float64.  ANSWER: ``[samples, 2]`` int64, places in the row of the first and the last
-    token of the answer, 0 and 0 ([CLS]) where it is not wholly in the window.  TAGS: ``[tokens]`` int64, -100
-    where a token is not the first one of a word.
+    token of the answer, 0 and 0 ([CLS]) where it is not wholly in the window, -100 twice where nobody knows its
+    place.  TAGS: ``[tokens]`` int64, -100 where a token is not the first one of a word.
     """
     spans: npt.NDArray[np.int32] | None = None
     """ANSWER: ``[tokens, 2]`` int32, characters of the context; -1 and -1 at the question, [CLS] and [SEP]."""

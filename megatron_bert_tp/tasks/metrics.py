@@ -59,7 +59,7 @@ def accuracy(expected: Numbers, predicted: Numbers) -> float:
 
 
 def f1(expected: Numbers, predicted: Numbers) -> float:
-    """F1 of class 1, as MRPC and QQP are measured."""
+    """F1 of class 1, as MRPC and QQP are measured: both in the task's own order of the classes."""
     score = library(_SKLEARN).f1_score(expected, predicted, labels=[1], average="macro", zero_division=0.0)
     return float(score)
 

@@ -127,11 +127,22 @@ def _class(part: _Part) -> Scored:
         for label, row in zip(said, shares.tolist(), strict=True)
     ]
     labels = None if expected is None else [part.names[int(number)] for number in expected]
+    places = _places_in_task(part.task.name, part.names)
     return Scored(
-        metrics=part.measured(expected, best),
+        metrics=part.measured(None if expected is None else places[expected.astype(np.int64)], places[best]),
         predictions=_records(part, records, labels),
         submissions=submissions.classes(part.task.name, part.examples, said),
     )
+
+
+def _places_in_task(name: str, labels: Sequence[str]) -> Ints:
+    """``[labels]``: the number that each label has in the task itself; those that it does not know follow.
+
+    F1 is that of the task's class 1, which settings or a model may call by another number.
+    """
+    own = TASKS[name].labels or ()
+    order = [*own, *(label for label in labels if label not in own)]
+    return np.array([order.index(label) for label in labels], dtype=np.int64)
 
 
 def _classes(part: _Part) -> Scored:
@@ -183,6 +194,8 @@ def _answer(part: _Part) -> Scored:
     found = answers.decoded(examples, part.table, part.outputs, limits)
     expected = [[answer.text for answer in example.answers] for example in examples]
     is_labelled = all(example.is_labelled for example in examples)
+    if is_labelled and not limits.may_be_none:
+        _check_answered(examples)
 
     def measure(chosen: Ints) -> Metrics:
         wanted, known = [expected[place] for place in chosen], [found[place] for place in chosen]
@@ -199,6 +212,16 @@ def _answer(part: _Part) -> Scored:
         ),
         submissions=submissions.answers(examples, found, threshold=part.threshold),
     )
+
+
+def _check_answered(examples: Sequence[AnswerExample]) -> None:
+    """DataError for the first question without an answer: SQuAD 1.1 does not say what is right there."""
+    for example in examples:
+        if not example.answers:
+            raise DataError(
+                f"{example.place}: the question has no answer, but each is measured as if it had one; set "
+                "task.unanswerable=true, or false to pass such questions over"
+            )
 
 
 def _tags(part: _Part) -> Scored:

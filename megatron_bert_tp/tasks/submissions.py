@@ -26,12 +26,13 @@ _GLUE = {
     "rte": "RTE",
     "wnli": "WNLI",
 }
+_MNLI_PARTS = {"matched": "MNLI-m", "mismatched": "MNLI-mm"}
 _WANTS_NAMES = {"mnli", "qnli", "rte"}
 _OF_CANDIDATE = ("text", "probability", "start_logit", "end_logit")
 
 
 def classes(name: str, examples: Sequence[Example], labels: Sequence[str]) -> Files:
-    """GLUE's file of the ``labels`` of all examples: names where its site wants these, else its numbers.
+    """GLUE's file of the ``labels`` of each group: names where its site wants these, else its numbers.
 
     No file where the classes are not GLUE's own.
     """
@@ -42,7 +43,7 @@ def classes(name: str, examples: Sequence[Example], labels: Sequence[str]) -> Fi
 
 
 def numbers(name: str, examples: Sequence[Example], values: Sequence[float]) -> Files:
-    """GLUE's file of STS-B: values between 0 and 5 with three decimals."""
+    """GLUE's file of STS-B, one for each group: values between 0 and 5 with three decimals."""
     return _glue(name, examples, [f"{min(5.0, max(0.0, value)):.3f}" for value in values]) if name in _GLUE else {}
 
 
@@ -79,23 +80,24 @@ def columns(examples: Sequence[WordsExample], tags: Sequence[Sequence[str]]) -> 
 
 
 def _glue(name: str, examples: Sequence[Example], values: Sequence[str]) -> Files:
-    """A file, or one for each part of MNLI.
+    """A file for each group.
 
     The index is the one of GLUE's file, which ids end in; where they do not, it is the place in the file.
     """
-    rows = defaultdict(list)
+    rows: dict[str, list[tuple[str, str]]] = {example.group: [] for example in examples}
     for example, value in zip(examples, values, strict=True):
         # Of several files, the reader puts the name and a colon before the index.
-        rows[_glue_file(name, example)].append((example.id.rpartition(":")[2], value))
-    return {file: _table(found) for file, found in rows.items()}
+        rows[example.group].append((example.id.rpartition(":")[2], value))
+    return {f"{_glue_file(name, group, len(rows))}.tsv": _table(found) for group, found in rows.items()}
 
 
-def _glue_file(name: str, example: Example) -> str:
-    if name != "mnli":
-        return f"{_GLUE[name]}.tsv"
-    # The part has a group only beside another one; its file has a name in any case.
-    is_mismatched = "mismatched" in f"{example.group} {example.place}"
-    return f"{_GLUE[name]}-{'mm' if is_mismatched else 'm'}.tsv"
+def _glue_file(name: str, group: str, num_groups: int) -> str:
+    """MNLI's parts by their groups, of which a single file that is not called by either is taken for matched."""
+    if name == "mnli" and group in _MNLI_PARTS:
+        return _MNLI_PARTS[group]
+    if num_groups > 1:
+        return f"{_GLUE[name]}-{group}"
+    return _MNLI_PARTS["matched"] if name == "mnli" else _GLUE[name]
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

@@ -100,7 +100,7 @@ def build_trainer(
         fill = weights_source(recipe, checkpoint, checks=mesh.is_first)
         fill((part, part.view(part.parameter)) for part in chunks.parts())
         updater = _updater(recipe, pipeline, checkpoint=checkpoint)
-        fill_masters_(updater, fill)
+        fill_masters_(chunks, updater, fill)
         if checkpoint is not None:
             load_moments_(updater, recipe.optimizer.name, checkpoint)
     steps, samples = (checkpoint.step, samples_done(checkpoint)) if checkpoint else (0, 0)

@@ -11,8 +11,8 @@ from megatron_bert_tp.config.task_schema import TaskRun
 from megatron_bert_tp.errors import ConfigError
 
 Settings = Config | TaskRun
-SETTINGS, CORPORA = "settings", "corpora"
-"""Facts of a checkpoint: all settings of its run, and what tells its corpora apart from others."""
+SETTINGS, CORPORA, START = "settings", "corpora", "start"
+"""Facts of a checkpoint: all settings of its run, and what tells its corpora and first weights from others."""
 _LEARNED = ("model", "task", "data", "objective", "optimizer")
 # Where the same content lies does not matter (it is compared by content), nor what step 0 started from.
 _FREE = {"data.corpus", "data.tokenizer", "model.weights", "data.train", "data.validation", "data.test"}
@@ -21,13 +21,17 @@ _TEXTS = ("data.corpus", "data.train")
 _ENDLESS = ("constant", "inverse_square_root")
 
 
-def check_changes(checkpoint: Checkpoint, config: Settings, corpora: Sequence[str]) -> list[str]:
+def check_changes(
+    checkpoint: Checkpoint, config: Settings, corpora: Sequence[str], start: str | None = None
+) -> list[str]:
     """What decides the loss curve and differs from the run of the checkpoint, as ``path: old -> new``.
 
-    ``corpora`` are fingerprints of the corpora, as in the fact `CORPORA`.  ConfigError where anything differs,
-    unless `run.allow_changes`.
+    ``corpora`` are fingerprints of the corpora, as in the fact `CORPORA`, ``start`` that of the weights at step 0
+    where it matters.  ConfigError where anything differs, unless `run.allow_changes`.
     """
     changes = changed_settings(checkpoint.facts, config, corpora)
+    if start is not None and checkpoint.facts.get(START) != start:
+        changes.append(f"model.weights: {config.model.weights} holds other weights than those of the beginning")
     if not changes or config.run.allow_changes:
         return changes
     listed = "\n".join(f"  {change}" for change in changes)

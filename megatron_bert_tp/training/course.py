@@ -8,25 +8,20 @@ from rich.console import Console
 
 from megatron_bert_tp.checkpoint.background import Saver
 from megatron_bert_tp.checkpoint.directories import Keep
-from megatron_bert_tp.config.duration import seconds_of
 from megatron_bert_tp.errors import StoppedError
-from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.reliability.actions import Actions, Kind
 from megatron_bert_tp.training.evaluation import Evaluation
 from megatron_bert_tp.training.failures import together
 from megatron_bert_tp.training.loop import Loop
 from megatron_bert_tp.training.processes import peak_memory
-from megatron_bert_tp.training.progress import Lines, MetricsFile, Reporter, keep_records
+from megatron_bert_tp.training.progress import METRICS, Lines, MetricsFile, Reporter, keep_records
 from megatron_bert_tp.training.recipe import Recipe
 from megatron_bert_tp.training.resume import Beginning
 from megatron_bert_tp.training.run_directory import ANOMALIES, CHECKPOINTS, RunDirectory, keep_settings
 from megatron_bert_tp.training.session import Session
-from megatron_bert_tp.training.stopping import Deadline, Stopping
 from megatron_bert_tp.training.supervision import Supervision
 from megatron_bert_tp.training.telling import opening
 from megatron_bert_tp.training.trainer import Trainer
-
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +42,7 @@ class Course:
     keeps: int | None = None
     """Step of the checkpoint that is not to be removed when the training begins."""
 
-    def run(self, within: Session, actions: Actions) -> RunDirectory:
+    def run(self, within: Session, actions: Actions) -> None:
         """Train to the end; StoppedError, told, where it was asked to stop, with all saved."""
         trainer, own = self.trainer, within.held.enter_context(ExitStack())
         directory = self._directory(within, actions, own)
@@ -68,7 +63,8 @@ class Course:
             directory.say(self.reading(begun, trainer.samples_done))
         directory.say(f"peak memory of a rank: {peak_memory(trainer.mesh, within.device):.2f} GiB")
         own.close()
-        return directory
+        done = trainer.steps_done
+        within.ending.steps_done = lambda: done  # the trainer must not outlive its training: others may follow
 
     def _directory(self, within: Session, actions: Actions, own: ExitStack) -> RunDirectory:
         """The folder; ``own`` gets what must be closed, also where the run fails."""
@@ -78,7 +74,7 @@ class Course:
         reporter = own.enter_context(self._reporter()) if within.is_first else None
         saver = Saver(
             path / CHECKPOINTS,
-            Agreement.of_world(within.timeout),
+            within.saving,
             keep=Keep(run.keep_last, run.keep_every, self.keeps),
             in_background=run.save_in_background,
         )
@@ -109,13 +105,10 @@ class Course:
         )
 
     def _supervision(self, within: Session, actions: Actions) -> Supervision:
-        run = self.recipe.run
-        limit = None if run.stop_after is None else seconds_of(run.stop_after)
-        deadline = None if limit is None else Deadline(within.began, limit)
         return Supervision(
             actions=actions,
             agreement=within.agreement,
-            stopping=Stopping(lambda: within.stop.requested, within.agreement, deadline=deadline),
+            stopping=within.stopping,
             watchdog=within.watchdog,
-            run=run,
+            run=self.recipe.run,
         )

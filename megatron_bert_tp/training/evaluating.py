@@ -5,20 +5,27 @@ from pathlib import Path
 
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.task_schema import TaskRun
+from megatron_bert_tp.errors import ConfigError
 from megatron_bert_tp.reliability.actions import Kind
 from megatron_bert_tp.training.build import build_pipeline
 from megatron_bert_tp.training.failures import together
 from megatron_bert_tp.training.outputs import outputs_of
+from megatron_bert_tp.training.run_directory import CHECKPOINTS
 from megatron_bert_tp.training.session import session
 from megatron_bert_tp.training.state import weights_source
 from megatron_bert_tp.training.task_data import batches_of, open_task_data
 from megatron_bert_tp.training.task_evaluation import THRESHOLD, scored
 from megatron_bert_tp.training.task_recipe import task_objective, task_recipe
 from megatron_bert_tp.training.task_results import write_metrics, write_part
+from megatron_bert_tp.training.task_start import RESULT
 
 
 def evaluate(config: TaskRun, environment: LaunchEnvironment) -> None:
-    """Measure ``model.weights`` on validation, and predict test; files go to ``run.directory``."""
+    """Measure ``model.weights`` on validation, and predict test; files go to ``run.directory``.
+
+    ConfigError where that is the folder of a training, whose own results would be lost.
+    """
+    _check_free(Path(config.run.directory))
     with session(config.run, environment) as within:
         mesh, actions = within.meet(config.parallel)
         data = open_task_data(config, verifies=mesh.is_first, learns=False, say=within.narrator(actions))
@@ -36,14 +43,22 @@ def evaluate(config: TaskRun, environment: LaunchEnvironment) -> None:
                 continue
             batches = batches_of(part, config, data.source, mesh.data, seed=0, sizes=lambda _: 1)
             with actions.within(Kind.EVALUATION):
-                outputs, _ = outputs_of(pipeline, part.table, batches, objective)
+                outputs, losses = outputs_of(pipeline, part.table, batches, objective)
             with together(within.agreement):
                 if within.is_first:
                     found = scored(config, data, part, outputs, null_threshold=threshold)
-                    metrics[name] = found.metrics
+                    metrics[name] = {**({} if losses is None else {"loss": losses.loss}), **found.metrics}
                     threshold = found.metrics.get(THRESHOLD, threshold)
                     within.say("\n".join(write_part(Path(config.run.directory), name, found)))
         with together(within.agreement):
             if within.is_first:
                 write_metrics(Path(config.run.directory), metrics)
         within.tell_end(actions)
+
+
+def _check_free(directory: Path) -> None:
+    if (directory / CHECKPOINTS).exists() or (directory / RESULT).exists():
+        raise ConfigError(
+            f"run.directory = {directory} holds a training, whose predictions and metrics would be replaced; give "
+            "another folder, such as run.directory=runs/evaluation"
+        )

@@ -36,6 +36,9 @@ class Evaluation(Protocol):
     def measure(self, trainer: Trainer) -> Measured:
         """Measure the weights as they are; every rank calls it."""
 
+    def settle(self, *, is_saved: bool) -> None:
+        """Hear whether there is a checkpoint of the best evaluation, which was just measured."""
+
 
 class HeldOut:
     """Losses of pretraining on the held-out part: the same samples and masks every time, without dropout."""
@@ -62,6 +65,9 @@ class HeldOut:
         if trainer.steps_done == self._last_step:
             record = {**record, "unigram_loss": self.unigram_loss(trainer, counts)}
         return Measured(record)
+
+    def settle(self, *, is_saved: bool) -> None:
+        """None is the best."""
 
     def losses(self, trainer: Trainer) -> tuple[Losses, Counts]:
         """Losses and labels over all data ranks."""

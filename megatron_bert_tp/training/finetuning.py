@@ -1,12 +1,13 @@
 """Fine-tuning on a task, on one rank: one training for each seed, its best checkpoint exported and evaluated."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_bert_tp.checkpoint.choose import verified
 from megatron_bert_tp.checkpoint.directories import step_directory
 from megatron_bert_tp.checkpoint.load import load_parts_
-from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.config.dump import to_yaml
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.task_schema import TaskRun
@@ -15,12 +16,12 @@ from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.reliability.actions import Actions, Kind
 from megatron_bert_tp.tasks.batches import TaskBatches
 from megatron_bert_tp.training.build import build_trainer
-from megatron_bert_tp.training.course import METRICS, Course
+from megatron_bert_tp.training.course import Course
 from megatron_bert_tp.training.failures import together
 from megatron_bert_tp.training.outputs import outputs_of
 from megatron_bert_tp.training.recipe import Recipe
 from megatron_bert_tp.training.resume import beginning
-from megatron_bert_tp.training.run_directory import CHECKPOINTS, SETTINGS_FILE
+from megatron_bert_tp.training.run_directory import CHECKPOINTS, SETTINGS_FILE, keep_settings
 from megatron_bert_tp.training.session import Session, session
 from megatron_bert_tp.training.task_data import TaskData, TaskPart, batches_of, open_task_data
 from megatron_bert_tp.training.task_evaluation import (
@@ -34,7 +35,6 @@ from megatron_bert_tp.training.task_evaluation import (
 )
 from megatron_bert_tp.training.task_recipe import steps_between_evaluations, task_objective, task_recipe
 from megatron_bert_tp.training.task_results import (
-    RESULT,
     Result,
     read_result,
     summary_lines,
@@ -42,10 +42,8 @@ from megatron_bert_tp.training.task_results import (
     write_result,
     write_summary,
 )
+from megatron_bert_tp.training.task_start import MODEL, RESULT
 from megatron_bert_tp.training.trainer import Trainer
-
-MODEL = "model"
-"""Folder of a run with the export of its best checkpoint."""
 
 
 def finetune(config: TaskRun, environment: LaunchEnvironment) -> None:
@@ -80,15 +78,22 @@ class _Tuning:
         config = self._config_of(seed)
         directory, agreement = Path(config.run.directory), self.within.agreement
         result = None
+        self.within.stop_if_asked(f"before {directory}")
         with together(agreement):
             if self.within.is_first:
                 directory.mkdir(parents=True, exist_ok=True)
-                result = _finished(config)
+                result = _finished(config, self.data)
         if agreement.maximum([result is not None])[0]:
             self.within.say(f"{directory}: is already finished")
-            return result or Result(seed, 0, metric_of(config), {})
-        trainer, best_step = self._train(config, task_recipe(config, self.data))
-        return self._conclude(config, trainer, best_step)
+            return result or Result(seed, 0, metric_of(config), {}, {})
+        recipe = task_recipe(config, self.data)
+        trainer, best = self._train(config, recipe)
+        self.within.stop_if_asked(f"before the export to {directory / MODEL}")
+        with together(agreement):
+            if self.within.is_first:
+                (directory / RESULT).unlink(missing_ok=True)
+                keep_settings(recipe)
+        return self._conclude(config, trainer, best)
 
     def _config_of(self, seed: int) -> TaskRun:
         """Settings of one seed, in a folder of its own where there are several."""
@@ -110,8 +115,8 @@ class _Tuning:
             sizes=lambda _done: config.optimizer.global_batch,
         )
 
-    def _train(self, config: TaskRun, recipe: Recipe) -> tuple[Trainer, int]:
-        """The trainer after its last step, and the step of its best evaluation."""
+    def _train(self, config: TaskRun, recipe: Recipe) -> tuple[Trainer, Path]:
+        """The trainer after its last step, and the checkpoint of its best evaluation."""
         training = self.data.training
         assert training is not None, "the rules of the settings ask for it"
         begin = beginning(
@@ -140,7 +145,10 @@ class _Tuning:
             lines=TaskLines(config.optimizer.precision == "float16"),
             keeps=evaluation.best_step,
         ).run(self.within, self.actions)
-        return trainer, evaluation.best_step or trainer.steps_done
+        best_step = evaluation.best_step or trainer.steps_done
+        best = step_directory(recipe.directory / CHECKPOINTS, best_step)
+        is_old = begin.checkpoint is not None and begin.checkpoint.step == best_step and not best.exists()
+        return trainer, begin.checkpoint.directory if is_old and begin.checkpoint else best
 
     def _evaluation(self, config: TaskRun, recipe: Recipe, trainer: Trainer) -> TaskEvaluation | NoEvaluation:
         part, training = self.data.validation, self.data.training
@@ -154,27 +162,31 @@ class _Tuning:
             agreement=agreement,
             every=steps_between_evaluations(config, training.table.num_samples),
             last_step=recipe.optimizer.steps,
-            standing=standing_of(recipe.directory / METRICS, config, trainer.steps_done, agreement),
+            standing=standing_of(recipe.directory, config, self.data, trainer.steps_done, agreement),
         )
 
-    def _conclude(self, config: TaskRun, trainer: Trainer, best_step: int) -> Result:
+    def _conclude(self, config: TaskRun, trainer: Trainer, best: Path) -> Result:
         """Take the best checkpoint, write it as a Hugging Face directory, and its predictions."""
         directory, agreement = Path(config.run.directory), self.within.agreement
-        checkpoint = step_directory(directory / CHECKPOINTS, best_step)
-        self.actions.enter(Kind.SAVING, f"exports step {best_step}")
+        self.actions.enter(Kind.SAVING, f"verifies {best}")
+        checkpoint = verified(best, agreement)
+        self.actions.enter(Kind.SAVING, f"exports {best}")
         with together(agreement):
-            if self.within.is_first and not (directory / MODEL).exists():
-                self.within.say(to_huggingface(checkpoint, directory / MODEL))
+            if self.within.is_first:
+                _export(best, directory / MODEL)
+                self.within.say(f"{directory / MODEL}: Hugging Face directory of step {checkpoint.step}")
         with together(agreement):
-            if best_step != trainer.steps_done:
-                load_parts_(trainer.chunks.parts(), Checkpoint.at(checkpoint).weight)
+            if checkpoint.step != trainer.steps_done:
+                load_parts_(trainer.chunks.parts(), checkpoint.weight)
         metrics: dict[str, Mapping[str, float]] = {}
         threshold = 0.0
         for name, part in (("validation", self.data.validation), ("test", self.data.test)):
             if part is not None:
+                self.within.stop_if_asked(f"before the predictions of {name}")
                 metrics[name] = self._measure(config, trainer, name, part, threshold)
                 threshold = metrics[name].get(THRESHOLD, threshold)
-        result = Result(config.optimizer.seed, best_step, metric_of(config), metrics)
+        seed, fingerprints = config.optimizer.seed, self.data.fingerprints
+        result = Result(seed, checkpoint.step, metric_of(config), metrics, fingerprints)
         with together(agreement):
             if self.within.is_first:
                 write_result(directory, result)
@@ -195,11 +207,25 @@ class _Tuning:
         return metrics
 
 
-def _finished(config: TaskRun) -> Result | None:
-    """What an earlier start with the same settings has finished."""
+def _export(verified_checkpoint: Path, out: Path) -> None:
+    """Write the directory anew, whatever an earlier start has left; a reader sees a whole one, old or new."""
+    fresh, old = (out.with_name(f"{out.name}.{name}") for name in ("new", "old"))
+    for left in (fresh, old):
+        shutil.rmtree(left, ignore_errors=True)
+    to_huggingface(verified_checkpoint, fresh, is_verified=True)
+    if out.exists():
+        out.rename(old)
+    fresh.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _finished(config: TaskRun, data: TaskData) -> Result | None:
+    """What an earlier start with the same settings, weights and data has finished."""
     directory = Path(config.run.directory)
     settings = directory / SETTINGS_FILE
     if not (directory / RESULT).exists() or config.run.resume != "auto":
         return None
-    is_same = settings.exists() and settings.read_text(encoding="utf-8") == to_yaml(config)
-    return read_result(directory) if is_same else None
+    if not settings.exists() or settings.read_text(encoding="utf-8") != to_yaml(config):
+        return None
+    result = read_result(directory)
+    return result if result.fingerprints == data.fingerprints else None

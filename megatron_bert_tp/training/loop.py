@@ -130,10 +130,18 @@ class Loop:
         self._directory.report_evaluation(measured.record)
         self._evaluation_seconds = time.perf_counter() - started
         if measured.is_best:
-            self._directory.keep_for_good(trainer.steps_done)
-            if self._saved_steps != trainer.steps_done:
-                self._supervision.check_before_save(trainer)
-                self._begin_save()
+            self._keep_best()
+
+    def _keep_best(self) -> None:
+        """Save what was measured; only a checkpoint that stands takes the place of the best one before."""
+        if self._saved_steps != self._trainer.steps_done:
+            self._supervision.check_before_save(self._trainer)
+            self._begin_save()
+        self._finish_save()
+        is_saved = self._saved_steps == self._trainer.steps_done
+        if is_saved:
+            self._directory.keep_for_good(self._trainer.steps_done)
+        self._evaluation.settle(is_saved=is_saved)
 
     @property
     def _is_evaluated(self) -> bool:

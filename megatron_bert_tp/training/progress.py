@@ -25,6 +25,8 @@ from rich.progress import (
 from megatron_bert_tp.errors import TrainingError
 
 Record = Mapping[str, float | int | str]
+METRICS = "metrics.jsonl"
+"""File of the folder of a run."""
 
 
 class MetricsFile:

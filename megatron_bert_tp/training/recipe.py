@@ -1,7 +1,7 @@
 """What a run is made of, whether it pretrains or learns a task: the rest of `training` sees no other settings."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from megatron_bert_tp.checkpoint.durable import JSON
@@ -30,9 +30,13 @@ class Recipe:
     """Files of the tokenizer by the name under which they go along with the run and its checkpoints."""
     lowercase: bool | None
     fingerprints: tuple[str, ...]
+    start: str | None = None
+    """Fingerprint of ``weights``, where other ones are another experiment."""
     weights: Path | None = None
     """What step 0 begins with; None: weights drawn from the seed."""
     facts: Mapping[str, JSON] = field(default_factory=dict)
+    takes_head: bool = True
+    """Whether the head of ``weights`` is for the same labels; else it is drawn from the seed."""
     layer_decay: float = 1.0
     frozen_layers: int | None = None
 
@@ -40,15 +44,6 @@ class Recipe:
     def directory(self) -> Path:
         """Folder of the run."""
         return Path(self.run.directory)
-
-    def of_seed(self, seed: int, directory: Path, given: TaskRun) -> "Recipe":
-        """The same with another seed in another folder."""
-        return replace(
-            self,
-            given=given,
-            optimizer=replace(self.optimizer, seed=seed),
-            run=replace(self.run, directory=str(directory)),
-        )
 
 
 def pretraining_recipe(config: Config, fingerprints: tuple[str, ...] = ()) -> Recipe:

@@ -47,7 +47,7 @@ def beginning(
         return begin
     with together(agreement):
         _check_tokenizer(begin.checkpoint, recipe)
-        changes = check_changes(begin.checkpoint, recipe.given, recipe.fingerprints)
+        changes = check_changes(begin.checkpoint, recipe.given, recipe.fingerprints, recipe.start)
     return Beginning(begin.checkpoint, begin.skipped, tuple(changes))
 
 
@@ -104,5 +104,5 @@ def _check_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> None:
         if kept is None or kept.sha256 != sha256_of(path):
             raise CheckpointError(
                 f"{path}: is not the tokenizer of {checkpoint.directory}, which lies in there; go on with that "
-                "one, and with data made with it, or choose another run.directory"
+                "one (data.tokenizer, and a corpus of it), or choose another run.directory"
             )

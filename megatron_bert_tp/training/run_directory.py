@@ -22,7 +22,7 @@ from megatron_bert_tp.model.chunks import Chunks
 from megatron_bert_tp.parallel.agreement import Agreement
 from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.training.anomalies import AnomalyReport
-from megatron_bert_tp.training.changes import CORPORA, SETTINGS
+from megatron_bert_tp.training.changes import CORPORA, SETTINGS, START
 from megatron_bert_tp.training.failures import as_ours
 from megatron_bert_tp.training.progress import Record, Reporter
 from megatron_bert_tp.training.recipe import Recipe
@@ -160,6 +160,7 @@ class RunDirectory:
             CORPORA: list(self._recipe.fingerprints),
             LOWERCASE: self._recipe.lowercase,
             SAMPLES: samples,
+            **({} if self._recipe.start is None else {START: self._recipe.start}),
             **self._recipe.facts,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }

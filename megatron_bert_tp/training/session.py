@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_bert_tp.checkpoint.directories import candidates
+from megatron_bert_tp.config.duration import seconds_of
 from megatron_bert_tp.config.environment import LaunchEnvironment, slurm_job
 from megatron_bert_tp.config.schema import ParallelConfig, RunConfig
 from megatron_bert_tp.errors import ExitCode, StoppedError, TrainingError
@@ -36,7 +37,7 @@ from megatron_bert_tp.training.processes import (
     process_group,
 )
 from megatron_bert_tp.training.run_directory import CHECKPOINTS
-from megatron_bert_tp.training.stopping import TIME_IS_UP, WARNING
+from megatron_bert_tp.training.stopping import TIME_IS_UP, WARNING, Deadline, Stopping
 
 _MARGIN_SECONDS = 5.0
 
@@ -50,6 +51,8 @@ class Session:
     device: torch.device
     timeout: timedelta
     agreement: Agreement
+    saving: Agreement
+    """For the threads that save."""
     stop: StopRequests
     ending: Ending
     board: Board
@@ -91,6 +94,22 @@ class Session:
             self.say(text)
 
         return say
+
+    @property
+    def stopping(self) -> Stopping:
+        """What this rank asks, between two pieces of work, whether all of them stop."""
+        limit = None if self.run.stop_after is None else seconds_of(self.run.stop_after)
+        deadline = None if limit is None else Deadline(self.began, limit)
+        return Stopping(lambda: self.stop.requested, self.agreement, deadline=deadline)
+
+    def stop_if_asked(self, before: str) -> None:
+        """StoppedError, told, where any rank was asked to stop; all that is done must be saved."""
+        reason, _ = self.stopping.agree(is_writing=False, step_seconds=0.0, save_seconds=0.0)
+        if reason is not None:
+            told = f"stopped {before} ({reason}); all is saved, and the same command goes on from there"
+            error = StoppedError(told, reason=reason)
+            self.tell_stop(error)
+            raise error
 
     def tell_stop(self, error: StoppedError) -> None:
         """Tell a stop, and put the job back into SLURM's queue where that is wanted, while all ranks are here.
@@ -136,14 +155,14 @@ def session(run: RunConfig, environment: LaunchEnvironment, *, folders: tuple[st
         # Outside of `telling`, and so after it: the last save is waited for, then the watchdog and the lock go.
         held = stack.enter_context(ExitStack())
         stack.enter_context(telling(ending))
-        agreement = Agreement.of_world(timeout)
+        agreement, saving = Agreement.of_world(timeout), Agreement.of_world(timeout)
         _occupy(run, ending, agreement, held=held, folders=folders)
         board = board_of_host(
             agreement, local_rank=environment.local_rank, local_world_size=environment.local_world_size
         )
         watchdog = held.enter_context(_watchdog(run, ending, board, stop=stop, launcher=launcher))
         yield Session(
-            run, environment, device, timeout, agreement, stop, ending, board, watchdog, held, began
+            run, environment, device, timeout, agreement, saving, stop, ending, board, watchdog, held, began
         )
 
 

@@ -21,6 +21,7 @@ from megatron_bert_tp.model.shape import PRETRAINING, tensor_shapes
 from megatron_bert_tp.optim.loss_scale import LossScale
 from megatron_bert_tp.optim.rules import kinds_of, moment_of, restart_
 from megatron_bert_tp.parallel.mesh import ParallelMesh
+from megatron_bert_tp.parallel.narrow import is_narrow
 from megatron_bert_tp.parallel.ownership import is_master
 from megatron_bert_tp.parallel.sharding import Part
 from megatron_bert_tp.training.anomalies import NORMS, SKIPPED
@@ -47,10 +48,17 @@ def held_rectangles(chunks: Chunks, updater: Updater, optimizer_name: str, mesh:
             moment = moment_of(updater.optimizer, kind)
             held += rectangles(kind, [(each.part, moment(each)) for each in owned])
     if mesh.data.is_first:
-        moved = {each.part.name for each in owned}
-        idle = [part for part in chunks.parts() if part.name not in moved]
-        held += rectangles("weight", [(part, _widened(part.view(part.parameter))) for part in idle])
+        known = {part.name for part, _ in updater.idle}
+        idle = [part for part in idle_parts(chunks, updater) if part.name not in known]
+        held += rectangles("weight", updater.idle)
+        held += rectangles("weight", [(part, part.view(part.parameter)) for part in idle])
     return held
+
+
+def idle_parts(chunks: Chunks, updater: Updater) -> list[Part]:
+    """Parts that nothing moves: frozen ones, and positions that nothing reads."""
+    moved = {each.part.name for each in updater.weights.owned}
+    return [part for part in chunks.parts() if part.name not in moved]
 
 
 def facts_of(updater: Updater) -> Mapping[str, JSON]:
@@ -79,20 +87,27 @@ def weights_source(recipe: Recipe, checkpoint: Checkpoint | None, *, checks: boo
         return lambda held: fill_(held, read)
     source = open_encoder_weights(recipe.weights, verify=checks)
     there = tensor_shapes(source.shape, source.head)
+    if not recipe.takes_head:
+        there = {name: size for name, size in there.items() if not name.startswith(f"{recipe.head.linear}.")}
 
     def fill(held: Held) -> None:
         """What the source has, and the rest, a new head, from the seed."""
         rows = list(held)
-        fill_([row for row in rows if there.get(row[0].source) == row[0].shape], source.read)
-        new = [row for row in rows if there.get(row[0].source) != row[0].shape]
-        initialise_parts_(new, shape, seed=seed)
+        fill_([row for row in rows if row[0].source in there], source.read)
+        initialise_parts_([row for row in rows if row[0].source not in there], shape, seed=seed)
 
     return fill
 
 
-def fill_masters_(updater: Updater, fill: Fill) -> None:
-    """Fill the float32 weights of narrow parameters: rounded first, they would begin elsewhere."""
+def fill_masters_(chunks: Chunks, updater: Updater, fill: Fill) -> None:
+    """Fill the float32 weights of narrow parameters: rounded first, they would begin elsewhere.
+
+    Those of parts that nothing moves are made here, on the host.
+    """
     fill((each.part, each.weight) for each in updater.weights.owned if is_master(each))
+    narrow = [part for part in idle_parts(chunks, updater) if is_narrow(part.parameter)]
+    updater.idle = [(part, torch.zeros(part.local_shape)) for part in narrow]
+    fill(updater.idle)
 
 
 def load_moments_(updater: Updater, optimizer_name: str, checkpoint: Checkpoint) -> None:
@@ -118,10 +133,6 @@ def loss_scale_of(checkpoint: Checkpoint) -> LossScale | None:
     """Scale of the loss at a checkpoint; None where its run had none."""
     facts = checkpoint.facts.get(LOSS_SCALE)
     return None if facts is None else LossScale.from_facts(facts)
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _check_vocabulary(weights: Path, tokenizer: Path) -> None:

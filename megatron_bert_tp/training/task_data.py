@@ -2,13 +2,12 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
-from megatron_bert_tp.config.problems import report
-from megatron_bert_tp.config.task_rules import model_problems
 from megatron_bert_tp.config.task_schema import TaskConfig, TaskRun
 from megatron_bert_tp.data.packing import Cutting
 from megatron_bert_tp.data.samples.sampler import SampleOrder
@@ -16,15 +15,23 @@ from megatron_bert_tp.errors import ConfigError, DataError
 from megatron_bert_tp.formats.weights import ModelSource, open_encoder_weights
 from megatron_bert_tp.parallel.mesh import Axis
 from megatron_bert_tp.tasks.batches import TaskBatches
-from megatron_bert_tp.tasks.examples import Example
+from megatron_bert_tp.tasks.examples import AnswerExample, Example
 from megatron_bert_tp.tasks.feature_table import FeatureTable
 from megatron_bert_tp.tasks.features import features_of
-from megatron_bert_tp.tasks.labels import Labels, labels_from_names, labels_of
+from megatron_bert_tp.tasks.labels import Labels, labels_of
 from megatron_bert_tp.tasks.metrics import check_libraries
+from megatron_bert_tp.tasks.reading.parts import Part
 from megatron_bert_tp.tasks.reading.read import read_examples
 from megatron_bert_tp.tasks.scoring import may_be_unanswerable
 from megatron_bert_tp.tasks.task import TASKS, Kind
 from megatron_bert_tp.text.encoder import open_encoder
+from megatron_bert_tp.training.task_start import (
+    check_start,
+    has_head_of,
+    labels_of_model,
+    model_folder,
+    weights_fingerprint,
+)
 
 Say = Callable[[str], None]
 
@@ -43,6 +50,8 @@ class TaskData:
 
     source: ModelSource
     """The weights that it begins with."""
+    start: str
+    """Fingerprint of them."""
     labels: Labels | None
     training: TaskPart | None
     validation: TaskPart | None
@@ -52,8 +61,16 @@ class TaskData:
         """The settings of the task, with what the data says: whether questions may have no answer."""
         if TASKS[given.name].kind is not Kind.ANSWER or given.unanswerable is not None:
             return given
-        known = [example for part in (self.training, self.validation) if part for example in part.examples]
+        parts = (self.training, self.validation) if self.training or self.validation else (self.test,)
+        known = [example for part in parts if part for example in part.examples]
         return replace(given, unanswerable=may_be_unanswerable(given, known))
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What tells the weights and each part from others, by their settings."""
+        parts = {"data.train": self.training, "data.validation": self.validation, "data.test": self.test}
+        told = {path: fingerprint(part) for path, part in parts.items() if part is not None}
+        return {"model.weights": self.start, **told}
 
     @property
     def num_outputs(self) -> int:
@@ -71,13 +88,13 @@ def open_task_data(config: TaskRun, *, verifies: bool, learns: bool, say: Say) -
     trained, and not where a model that has learned it is evaluated: its labels are then the model's.
     """
     check_libraries(TASKS[config.task.name].kind)
-    path = Path(config.model.weights)
+    path = model_folder(Path(config.model.weights))
     source = open_encoder_weights(path, verify=verifies)
-    _check_model(config, source, path)
+    check_start(config, source, path)
     encoder = open_encoder(source, path)
     files = config.data
     training = _examples(config, files.train, "training", say=say) if learns else None
-    labels = labels_of(config.task, training) if learns else _known_labels(config, source, path)
+    labels = labels_of(config.task, training) if learns else labels_of_model(config, source, path)
     if training is not None and files.most_train is not None:
         training = _drawn(training, files.most_train, files.draw)
 
@@ -90,13 +107,19 @@ def open_task_data(config: TaskRun, *, verifies: bool, learns: bool, say: Say) -
         say("\n".join(_told(name, examples, table, files.sequence_length)))
         return TaskPart(tuple(examples), table)
 
-    return TaskData(
+    _check_weights_of_classes(config, labels)
+    data = TaskData(
         source,
+        weights_fingerprint(path),
         labels,
         part(training, "training"),
         part(_examples(config, files.validation, "validation", say=say), "validation"),
         part(_examples(config, files.test, "test", say=say), "test"),
     )
+    _check_answers(config, data)
+    if learns and has_head_of(source, config.task, labels) and not config.model.random_weights:
+        say(f"begins with the head of {path} too: it is for the same labels")
+    return data
 
 
 def batches_of(
@@ -125,50 +148,37 @@ def fingerprint(part: TaskPart) -> str:
     return digest.hexdigest()
 
 
-def _check_model(config: TaskRun, source: ModelSource, path: Path) -> None:
-    if source.shape.is_decoder:
-        raise ConfigError(
-            f"{path}: is a decoder (is_decoder), which sees no words to the right; tasks need an encoder: set "
-            "is_decoder to false in its config.json if it was trained as one, or give other weights"
-        )
-    problems = model_problems(config, asdict(source.shape))
-    if problems:
-        raise ConfigError(report(problems, f"this run, which begins with {path}"))
-
-
 def _examples(
-    config: TaskRun, files: tuple[str, ...] | None, name: str, *, say: Say
+    config: TaskRun, files: tuple[str, ...] | None, part: Part, *, say: Say
 ) -> tuple[Example, ...] | None:
     if files is None:
         return None
-    reading = read_examples(config.task, [Path(file) for file in files], is_labelled=name != "test")
+    reading = read_examples(config.task, [Path(file) for file in files], part=part)
     for note in reading.notes:
-        say(f"{name}: {note}")
+        say(f"{part}: {note}")
     return reading.examples
 
 
-def _known_labels(config: TaskRun, source: ModelSource, path: Path) -> Labels | None:
-    """Labels of a model that has learned the task, or what the settings say."""
-    task = TASKS[config.task.name]
-    if source.head.architecture != task.architecture:
+def _check_weights_of_classes(config: TaskRun, labels: Labels | None) -> None:
+    weights = config.task.class_weights
+    if weights is not None and labels is not None and len(weights) != len(labels.names):
         raise ConfigError(
-            f"{path}: is a {source.head.architecture}, but task.name = {config.task.name!r} is measured with a "
-            f"{task.architecture}; give the folder that fine-tuning on this task has written"
+            f"task.class_weights has {len(weights)} weights, but there are {len(labels.names)} classes: "
+            f"{', '.join(labels.names)}; give a weight for each, in this order"
         )
-    if task.kind in (Kind.NUMBER, Kind.CHOICE, Kind.ANSWER):
-        return None
-    named = source.settings.get("id2label")
-    labels: Labels | None
-    if config.task.labels is None and isinstance(named, dict):
-        labels = labels_from_names(str(named[str(number)]) for number in range(len(named)))
-    else:
-        labels = labels_of(config.task, None)
-    if labels is not None and len(labels.names) != source.shape.num_labels:
-        raise DataError(
-            f"{path}: the model has {source.shape.num_labels} labels, but the task has {len(labels.names)}: "
-            f"{', '.join(labels.names)}; set task.labels to those of the model, in the order of their numbers"
-        )
-    return labels
+
+
+def _check_answers(config: TaskRun, data: TaskData) -> None:
+    """DataError, before hours of training, for questions that cannot be measured after it."""
+    if TASKS[config.task.name].kind is not Kind.ANSWER or data.task(config.task).unanswerable:
+        return
+    for part in (data.validation, data.test):
+        for example in () if part is None else cast(tuple[AnswerExample, ...], part.examples):
+            if example.is_labelled and not example.answers:
+                raise DataError(
+                    f"{example.place}: has no answer, but all questions that are learned from have one; set "
+                    "task.unanswerable=true, or false to pass such questions over"
+                )
 
 
 def _drawn(examples: tuple[Example, ...], most: int, seed: int) -> tuple[Example, ...]:

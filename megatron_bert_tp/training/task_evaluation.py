@@ -1,9 +1,11 @@
 """Evaluations of a task while it is trained: metrics, the best checkpoint, and when to give up."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_bert_tp.checkpoint.directories import step_directory
+from megatron_bert_tp.checkpoint.manifest import MANIFEST
 from megatron_bert_tp.config.task_schema import TaskRun
 from megatron_bert_tp.errors import ConfigError
 from megatron_bert_tp.parallel.agreement import Agreement
@@ -13,7 +15,8 @@ from megatron_bert_tp.tasks.task import TASKS
 from megatron_bert_tp.training.evaluation import Measured
 from megatron_bert_tp.training.failures import together
 from megatron_bert_tp.training.outputs import Floats, outputs_of
-from megatron_bert_tp.training.progress import Record, pace_of_step, read_records
+from megatron_bert_tp.training.progress import METRICS, Record, pace_of_step, read_records
+from megatron_bert_tp.training.run_directory import CHECKPOINTS
 from megatron_bert_tp.training.task_data import TaskData, TaskPart
 from megatron_bert_tp.training.trainer import Trainer
 
@@ -22,6 +25,8 @@ THRESHOLD = "best_threshold"
 """Metric of questions without answers: what the odds of no answer are compared with on the test part."""
 BEST = "is_best"
 """Key of a record of metrics.jsonl: 1 where it was better than all before."""
+VALIDATION, MEASURED_ON = "data.validation", "measured_on"
+"""Key of a record with the fingerprint of the samples: values of others are not compared."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,11 @@ class Standing:
         """The standing after another evaluation; ``sign`` is -1 where smaller is better."""
         if self.value is None or sign * value > sign * self.value:
             return Standing(step, value)
-        return Standing(self.step, self.value, self.worse_since + 1)
+        return self.passed_over()
+
+    def passed_over(self) -> "Standing":
+        """The standing after an evaluation that does not count as the best, whatever its value."""
+        return replace(self, worse_since=self.worse_since + 1)
 
 
 class TaskEvaluation:
@@ -58,7 +67,7 @@ class TaskEvaluation:
         self._config, self._data, self._part = config, data, data.validation
         self._batches, self._agreement = batches, agreement
         self._every, self._last_step = every, last_step
-        self.standing = standing
+        self.standing = self._before = standing
         self._sign = sign_of(metric_of(config))
 
     @property
@@ -81,10 +90,17 @@ class TaskEvaluation:
         outputs, losses = outputs_of(trainer.pipeline, self._part.table, self._batches, trainer.objective)
         metrics = self._metrics(outputs)
         value = self._agreement.gathered([metrics.get(metric_of(self._config), 0.0)])[0][0]
+        self._before = self.standing
         self.standing = self.standing.after(trainer.steps_done, value, sign=self._sign)
         is_best = self.standing.step == trainer.steps_done
         loss = {} if losses is None else {"loss": losses.loss}
-        return Measured({"step": trainer.steps_done, **loss, **metrics, BEST: int(is_best)}, is_best)
+        record: Record = {"step": trainer.steps_done, **loss, **metrics, BEST: int(is_best)}
+        return Measured({**record, MEASURED_ON: self._data.fingerprints[VALIDATION]}, is_best)
+
+    def settle(self, *, is_saved: bool) -> None:
+        """Without a checkpoint the best one is that before."""
+        if not is_saved:
+            self.standing = self._before.passed_over()
 
     def _metrics(self, outputs: Floats) -> dict[str, float]:
         """On the first rank; the others need to know no more than one number."""
@@ -121,22 +137,36 @@ def check_metric(name: str, metrics: dict[str, float]) -> None:
         raise ConfigError(f"run.metric is {name!r}, but measured are {', '.join(metrics)}; set one of these")
 
 
-def standing_of(metrics_file: Path, config: TaskRun, steps_done: int, agreement: Agreement) -> Standing:
-    """How the run stands after the evaluations on record, up to ``steps_done``; every rank must call it."""
+def standing_of(
+    directory: Path, config: TaskRun, data: TaskData, steps_done: int, agreement: Agreement
+) -> Standing:
+    """How the run in ``directory`` stands after the evaluations on record, up to ``steps_done``.
+
+    Those on other samples do not count, and only what has a checkpoint can be the best.  Every rank must call it.
+    """
     standing = Standing()
     with together(agreement):
-        if agreement.rank == 0 and metrics_file.exists():
-            standing = _of_records(read_records(metrics_file), config, steps_done)
+        if agreement.rank == 0 and (directory / METRICS).exists():
+            records = [
+                record
+                for record in read_records(directory / METRICS)
+                if int(record["step"]) <= steps_done
+                and record.get(MEASURED_ON) == data.fingerprints[VALIDATION]
+                and metric_of(config) in record
+            ]
+            standing = _of_records(records, metric_of(config), directory / CHECKPOINTS)
     value = float("nan") if standing.value is None else standing.value
     step, value, worse = agreement.gathered([standing.step, value, standing.worse_since])[0]
     return Standing(int(step), None if value != value else value, int(worse))
 
 
-def _of_records(records: Sequence[Record], config: TaskRun, steps_done: int) -> Standing:
-    name, standing = metric_of(config), Standing()
+def _of_records(records: Sequence[Record], metric: str, checkpoints: Path) -> Standing:
+    standing = Standing()
     for record in records:
-        if record["kind"] == "evaluation" and int(record["step"]) <= steps_done and name in record:
-            standing = standing.after(int(record["step"]), float(record[name]), sign=sign_of(name))
+        step = int(record["step"])
+        after = standing.after(step, float(record[metric]), sign=sign_of(metric))
+        has_checkpoint = (step_directory(checkpoints, step) / MANIFEST).is_file()
+        standing = after if has_checkpoint else standing.passed_over()
     return standing
 
 
@@ -149,6 +179,9 @@ class NoEvaluation:
     def is_due(self, _steps_done: int) -> bool:
         """Never."""
         return False
+
+    def settle(self, *, is_saved: bool) -> None:
+        """Nobody asks."""
 
     def measure(self, trainer: Trainer) -> Measured:
         """Nobody asks."""
@@ -168,6 +201,6 @@ class TaskLines:
 
     def evaluation(self, record: Record) -> str:
         """All metrics, and whether they are the best so far."""
-        names = [name for name in record if name not in ("step", BEST)]
+        names = [name for name in record if name not in ("step", BEST, MEASURED_ON)]
         told = ", ".join(f"{name} {record[name]:.4f}" for name in names)
         return f"validation at step {record['step']}: {told}{' (best so far)' if record[BEST] else ''}"

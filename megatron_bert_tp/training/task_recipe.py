@@ -23,6 +23,10 @@ from megatron_bert_tp.tasks.labels import Labels
 from megatron_bert_tp.tasks.task import PROBLEM_TYPES, TASKS
 from megatron_bert_tp.training.recipe import Recipe
 from megatron_bert_tp.training.task_data import TaskData, TaskPart, fingerprint
+from megatron_bert_tp.training.task_start import has_head_of, model_folder
+
+_EPOCHS = 3.0
+"""Where neither epochs nor steps are given."""
 
 
 def head_of_task(config: TaskRun) -> Head:
@@ -46,7 +50,9 @@ def task_recipe(config: TaskRun, data: TaskData) -> Recipe:
         tokenizer_files=source.tokenizer_files,
         lowercase=source.lowercase,
         fingerprints=() if data.training is None else (fingerprint(data.training),),
-        weights=None if start.random_weights else Path(start.weights),
+        weights=None if start.random_weights else model_folder(Path(start.weights)),
+        start=data.start,
+        takes_head=has_head_of(source, config.task, data.labels),
         facts=_facts(config, data),
         layer_decay=config.optimizer.layer_decay,
         frozen_layers=start.frozen_layers,
@@ -56,7 +62,7 @@ def task_recipe(config: TaskRun, data: TaskData) -> Recipe:
 def optimizer_of(given: TaskOptimizerConfig, num_samples: int) -> OptimizerConfig:
     """Settings in steps, for so many samples an epoch."""
     shared = {field.name: getattr(given, field.name) for field in fields(UpdateConfig) if field.name != "steps"}
-    steps = given.steps or max(1, ceil(round(num_samples * given.epochs, 6) / given.global_batch))
+    steps = given.steps or max(1, ceil(round(num_samples * (given.epochs or _EPOCHS), 6) / given.global_batch))
     return OptimizerConfig(
         **shared, steps=steps, schedule=given.schedule, warmup_steps=round(given.warmup_share * steps)
     )

@@ -10,8 +10,9 @@ from statistics import median
 from megatron_bert_tp.checkpoint.durable import read_object
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks.scoring import Scored
+from megatron_bert_tp.training.task_start import RESULT
 
-RESULT, SUMMARY = "result.json", "summary.json"
+SUMMARY = "summary.json"
 _LARGEST = 2**24  # bytes of a result.json
 Metrics = Mapping[str, float]
 
@@ -24,6 +25,8 @@ class Result:
     best_step: int
     metric: str
     metrics: Mapping[str, Metrics]
+    fingerprints: Mapping[str, str]
+    """What tells weights and data from others, by their settings."""
 
     @property
     def value(self) -> float | None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from megatron_bert_tp.errors import NotFiniteError
 from megatron_bert_tp.optim.learning_rate import Schedule, learning_rate
@@ -13,6 +14,7 @@ from megatron_bert_tp.optim.rules import step_
 from megatron_bert_tp.optim.weight_decay import WeightDecay, weight_decay
 from megatron_bert_tp.parallel.gradients import Gradients
 from megatron_bert_tp.parallel.ownership import OwnedWeights
+from megatron_bert_tp.parallel.sharding import Part
 from megatron_bert_tp.reliability.actions import Actions, Kind
 from megatron_bert_tp.training.anomalies import Anomaly, AnomalyNumbers, Consequence, NormHistory
 
@@ -85,6 +87,8 @@ class Updater:
         self.gradients, self.weights, self.optimizer, self._numbers = gradients, weights, optimizer, numbers
         self.updates_done, self.loss_scale = updates_done, loss_scale
         self.history = history or NormHistory()
+        self.idle: list[tuple[Part, Tensor]] = []
+        """Parts that nothing moves, in float32 where the parameters are narrower: files shall have all digits."""
 
     @property
     def scale(self) -> float:

@@ -109,6 +109,7 @@ def test_recipe_of_the_paper_is_its_table_6(model, task):
     assert config.task.unanswerable == (True if task == "squad-v2" else None)
     assert config.model.weights == f"models/{model}"
     assert statistics.median(range(len(config.run.seeds or ()))) == 2, "the median is of five"
+    assert config.run.metric == {"qqp": "accuracy"}.get(task), "the paper has accuracy where GLUE has F1 first"
     assert config.data.sequence_length == {"race": 512, "mnli": 128, "qqp": 128}.get(task, 384)
 
 
@@ -119,6 +120,14 @@ def test_recipe_says_which_numbers_are_the_papers_and_which_are_not(model, task)
     assert "Shoeybi et al. 2019, Table 6" in head
     assert "The paper does not say sequence length, warm-up, weight decay, dropout or precision" in head
     assert ("Tensor size" in head) == (model != "336m")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_steps_take_the_place_of_the_epochs_of_a_file_in_the_way_that_the_refusal_names(path):
+    with pytest.raises(ConfigError, match=r"-> take one back: optimizer\.epochs=null"):
+        load_task(path, ["optimizer.steps=4"])
+    optimizer = load_task(path, ["optimizer.steps=4", "optimizer.epochs=null"]).optimizer
+    assert (optimizer.steps, optimizer.epochs) == (4, None)
 
 
 # World size

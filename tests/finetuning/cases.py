@@ -16,6 +16,7 @@ from tests.sources import real_data
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 FIRST_CHARACTER, NUM_ENTRIES = 999, 5000  # of BERT's vocabulary: characters, and then words, common ones first
 TOPICS = ("film", "time", "funny")
+MOST_WORDS = 14  # of a sentence
 OVERLAP = 24  # tokens that two windows of a context share
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -32,9 +33,9 @@ SETTINGS = """\
 model: {{weights: "{weights}"}}
 task: {{name: {task}{more}}}
 data: {{train: "{train}", validation: "{validation}", sequence_length: {length}}}
-optimizer: {{global_batch: 8, steps: 30, learning_rate: 3e-3, precision: float64, seed: 7}}
+optimizer: {{global_batch: 8, steps: 30, learning_rate: 1e-3, precision: float64, seed: 7}}
 parallel: {{microbatch: 2}}
-run: {{directory: "{folder}/run", evaluate_every: 15, save_every: 15, device: cpu, save_in_background: false}}
+run: {{directory: "{folder}/run", evaluate_every: 5, save_every: 30, device: cpu, save_in_background: false}}
 """
 
 
@@ -138,10 +139,11 @@ def _numbers(folder: Path) -> tuple[Path, Path]:
 
 def _choices(folder: Path) -> tuple[Path, Path]:
     found = []
-    for name, count in (("train", 20), ("dev", 6)):
+    # Two options of a question in dev/2 differ in words outside of the vocabulary alone: nothing tells them apart.
+    for name, numbers in (("train", range(20)), ("dev", (0, 1, 3, 4, 5, 6))):
         target = folder / name / "middle"
         target.mkdir(parents=True)
-        for number in range(count):
+        for number in numbers:
             shutil.copy(real_data(f"race_layout/{name}/middle/{number}.txt"), target)
         found.append(folder / name)
     return found[0], found[1]
@@ -150,7 +152,7 @@ def _choices(folder: Path) -> tuple[Path, Path]:
 def _answers(folder: Path) -> tuple[Path, Path]:
     """The first questions of the first paragraphs."""
     found = []
-    for name, file, paragraphs in (("train", "train-v1.1.first4370.json", 5), ("dev", "xquad.en.json", 2)):
+    for name, file, paragraphs in (("train", "train-v1.1.first4370.json", 4), ("dev", "xquad.en.json", 1)):
         content = json.loads(real_data(f"squad/{file}").read_text(encoding="utf-8"))
         content["data"] = content["data"][:1]
         content["data"][0]["paragraphs"] = content["data"][0]["paragraphs"][:paragraphs]
@@ -172,9 +174,10 @@ def _tags(folder: Path) -> tuple[Path, Path]:
 
 
 def _sentences(path: Path) -> Iterator[str]:
-    """Blocks of lines in which an entity stands: many have none."""
+    """Short sentences with entities of the two most common types alone: most have none."""
     for block in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")):
-        if "\tB-" in block:
+        types = set(re.findall(r"\tB-(\S+)", block))
+        if types and types <= {"person", "location"} and block.count("\n") < MOST_WORDS:
             yield block.strip("\n")
 
 

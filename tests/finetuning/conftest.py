@@ -5,6 +5,7 @@ import pytest
 
 from megatron_bert_tp.config.task_table import Kind
 from tests.finetuning.cases import Files, write_model, write_task
+from tests.finetuning.reference import Followed, follow
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +25,16 @@ def files_of(small_model, tmp_path_factory) -> Callable[[Kind], Files]:
         return known[kind]
 
     return files_of
+
+
+@pytest.fixture(scope="session")
+def followed_of(files_of) -> Callable[[Kind], Followed]:
+    """What the loop over `transformers` gives for a kind, computed once."""
+    known: dict[Kind, Followed] = {}
+
+    def followed_of(kind: Kind) -> Followed:
+        if kind not in known:
+            known[kind] = follow(kind, files_of(kind))
+        return known[kind]
+
+    return followed_of

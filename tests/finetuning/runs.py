@@ -1,7 +1,8 @@
 """Fine-tuning and evaluation, on ranks of the pool or as commands, and what they leave behind."""
 
 import json
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.load import load_task
+from megatron_bert_tp.config.task_table import Kind
 from megatron_bert_tp.training.evaluating import evaluate
 from megatron_bert_tp.training.finetuning import finetune
 from tests.pool import RankPool
@@ -22,28 +24,42 @@ FINETUNE, EVALUATE = "megatron_bert_tp.finetune", "megatron_bert_tp.evaluate"
 ENTRIES = {"finetune": finetune, "evaluate": evaluate}
 
 
-def run_rank(purpose: str, settings: Path, overrides: tuple[str, ...]) -> None:
-    """What the entry point does on this rank of the pool, which has made the process group already."""
+def run_rank(purpose: str, settings: Path, overrides: tuple[str, ...]) -> str:
+    """What the entry point prints on this rank of the pool, which has made the process group already."""
     environment = LaunchEnvironment(rank=dist.get_rank(), world_size=dist.get_world_size())
     config = load_task(settings, overrides, purpose=purpose, world_size=environment.world_size)
-    with patch("megatron_bert_tp.training.session.process_group", lambda *_: nullcontext()):
+    told = StringIO()
+    with patch("megatron_bert_tp.training.session.process_group", lambda *_: nullcontext()), redirect_stdout(told):
         ENTRIES[purpose](config, environment)
+    return told.getvalue()
 
 
 def layout_settings(layout: Layout) -> tuple[str, ...]:
     """Overrides that spread a run."""
-    values = {
+    values: dict[str, object] = {
         "parallel.tensor": layout.tensor,
         "parallel.pipeline": layout.pipeline,
         "parallel.schedule": layout.schedule,
         "parallel.virtual": layout.virtual,
         "parallel.shard_optimizer": layout.shards,
     }
-    packing: tuple[str, ...] = ()
     if layout.packing != "none":
-        packing = f"parallel.packing={layout.packing}", "parallel.microbatch=null", "parallel.microbatch_tokens=256"
-    return (*(f"{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in values.items()),
-            *packing)  # fmt: skip
+        values |= {"parallel.packing": layout.packing, "parallel.microbatch": None}
+        values |= {"parallel.microbatch_tokens": 256}
+    return tuple(
+        f"{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in values.items()
+    )
+
+
+def name_of(value: object) -> str:
+    """Name of a layout, or of a kind, in the name of a test."""
+    if isinstance(value, Kind):
+        return value.name
+    if not isinstance(value, Layout):
+        return str(value)
+    sizes = {"data": value.data, "pipeline": value.pipeline, "tensor": value.tensor}
+    spread = "-".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1) or "alone"
+    return spread if value.packing == "none" else f"{spread}-{value.packing}"
 
 
 def tune(ranks: RankPool, settings: Path, folder: Path, *overrides: str, layout: Layout | None = None) -> Path:
@@ -97,12 +113,15 @@ def exported(folder: Path) -> dict[str, Tensor]:
 
 
 def products_of(folder: Path) -> dict[str, bytes]:
-    """Bytes of all that a run is made for: result, predictions, files for benchmarks and the model."""
+    """Bytes of all that a run is made for: result, predictions, files for benchmarks and the model.
+
+    The model's card is left out: it tells how long steps took.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         is_product = name.startswith(("model/", "submission/", "predictions", "result", "summary"))
-        if path.is_file() and is_product:
+        if path.is_file() and is_product and path.name != "README.md":
             found[name] = path.read_bytes()
     assert found
     return found

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_bert_tp.config.task_schema import ColumnsConfig, TaskConfig
 from megatron_bert_tp.errors import DataError
+from megatron_bert_tp.tasks.reading.parts import Part
 from megatron_bert_tp.tasks.reading.read import Reading, read_examples
 
 
@@ -14,15 +15,15 @@ def task(name: str, *, columns: Mapping[str, object] | None = None, **settings: 
     return TaskConfig(name=name, columns=ColumnsConfig(**(columns or {})), **settings)
 
 
-def read(given: str | TaskConfig, *paths: Path, labelled: bool = True) -> Reading:
+def read(given: str | TaskConfig, *paths: Path, part: Part = "training") -> Reading:
     known = task(given) if isinstance(given, str) else given
-    return read_examples(known, paths, is_labelled=labelled)
+    return read_examples(known, paths, part=part)
 
 
-def refusal(given: str | TaskConfig, *paths: Path, labelled: bool = True) -> str:
+def refusal(given: str | TaskConfig, *paths: Path, part: Part = "training") -> str:
     """Text of the error that reading gives."""
     with pytest.raises(DataError) as caught:
-        read(given, *paths, labelled=labelled)
+        read(given, *paths, part=part)
     return str(caught.value)
 
 

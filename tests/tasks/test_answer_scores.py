@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks.answer_scores import (
     best_threshold,
     metrics_1_1,
@@ -59,6 +60,11 @@ def test_the_two_versions_differ_where_nothing_is_left_of_an_answer():
     assert scores_2_0("dog", []) == (0.0, 0.0)
     assert scores_2_0("", ["dog"]) == (0.0, 0.0)
     assert scores_2_0("", ["the", "dog"]) == (0.0, 0.0)
+
+
+def test_a_question_without_an_answer_is_refused_by_the_version_that_does_not_know_any():
+    with pytest.raises(DataError, match=r"SQuAD 1\.1 does not measure; set task\.unanswerable=true"):
+        metrics_1_1(["cat", "dog"], [["cat"], []])
 
 
 def mean_at(threshold: float, scores, is_answerable, odds) -> float:

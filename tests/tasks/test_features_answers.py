@@ -9,7 +9,7 @@ import pytest
 
 from megatron_bert_tp.config.task_schema import TaskConfig
 from megatron_bert_tp.errors import DataError
-from megatron_bert_tp.tasks.examples import Answer, AnswerExample
+from megatron_bert_tp.tasks.examples import UNKNOWN_PLACE, Answer, AnswerExample
 from megatron_bert_tp.tasks.features import FeatureTable, features_of
 from tests.prediction.texts import LONG, TEXTS
 from tests.sources import real_data
@@ -179,6 +179,21 @@ def test_without_an_answer_the_label_is_cls_and_without_labels_there_is_none(sma
         each = example("?", "the school?", "the river", is_labelled=is_labelled)
         labels = table_of([each], small, longest=32, overlap=4).labels
         assert (labels if labels is None else labels.tolist()) == expected
+
+
+def test_the_label_is_the_first_answer_with_a_place_and_ignored_where_none_has_one(small):
+    context = "the river of the school"
+    lost = {"text": "river", "answer_start": UNKNOWN_PLACE}
+    found = {"text": "school", "answer_start": context.index("school")}
+    examples = [
+        example("?", "x", context, answers=each) for each in ([lost, found], [found], [lost], [lost, lost], [])
+    ]
+    labels = table_of(examples, small, longest=32, overlap=4).labels.tolist()
+    # [CLS] x [SEP] and four words of the context come before.
+    assert labels == [[7, 7], [7, 7], [-100, -100], [-100, -100], [0, 0]]
+    windows = table_of(examples[2:3], small, longest=8, overlap=1)
+    assert windows.labels.tolist() == [[-100, -100]] * windows.num_samples
+    assert windows.num_samples > 1
 
 
 def test_blanks_before_a_question_are_dropped(small):

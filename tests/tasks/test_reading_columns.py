@@ -206,14 +206,14 @@ def test_tags_that_the_scheme_does_not_allow_are_repaired_and_told(tmp_path):
 
 def test_words_alone_are_read_where_labels_are_not_needed(tmp_path):
     path = write(tmp_path / "test.conll", "Bo", "left", "", "He")
-    assert [(e.words, e.tags) for e in read(NER, path, labelled=False).examples] == [
+    assert [(e.words, e.tags) for e in read(NER, path, part="test").examples] == [
         (("Bo", "left"), None),
         (("He",), None),
     ]
     tagged = write(tmp_path / "tagged.conll", "Bo B-PER")
-    assert read(NER, tagged, labelled=False).examples[0].tags == ("B-PER",)
+    assert read(NER, tagged, part="test").examples[0].tags == ("B-PER",)
     parts = write(tmp_path / "parts.conll", "Bo NNP", "O O")
-    assert read(NER, parts, labelled=False).examples[0].tags is None
+    assert read(NER, parts, part="test").examples[0].tags is None
     assert refusal(NER, path).startswith(f"{path}:1: the word 'Bo' has no tag;")
 
 

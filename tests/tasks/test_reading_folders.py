@@ -22,7 +22,7 @@ def test_classes_become_names(tmp_path):
 
 def test_a_class_below_0_is_none(tmp_path):
     path = save(tmp_path / "test", {"text": ["a"], "label": [-1]}, text=TEXT, label=CLASSES)
-    assert read("classification", path, labelled=False).examples[0].label is None
+    assert read("classification", path, part="test").examples[0].label is None
     assert refusal("classification", path).startswith(f"{path}, row 0: 'label' has no label")
 
 
@@ -73,6 +73,23 @@ def test_glue_has_the_columns_of_the_hub(tmp_path):
     assert found == [("A.", "B.", "contradiction", "4", "matched"), ("C.", "D.", "neutral", "5", "matched")]
 
 
+def test_a_score_of_minus_1_is_none_and_any_other_beyond_the_scale_is_refused(tmp_path):
+    def folder(name, *scores):
+        columns = {"sentence1": ["A."] * len(scores), "sentence2": ["B."] * len(scores), "label": list(scores)}
+        return save(
+            tmp_path / name, columns, sentence1=TEXT, sentence2=TEXT, label=datasets.Value("float32")
+        )
+
+    path = folder("test", -1.0, 2.5)
+    assert [e.label for e in read("sts-b", path, part="test").examples] == [None, 2.5]
+    for part in ("training", "validation"):
+        assert refusal("sts-b", path, part=part).startswith(f"{path}, row 0: 'label' has no label")
+    path = folder("more", 0.0, 5.5)
+    assert refusal("sts-b", path, part="test").startswith(
+        f"{path}, row 1: the score 5.5 of 'label' is not from 0 to 5"
+    )
+
+
 def test_squad_has_the_columns_of_the_hub(tmp_path):
     answers = datasets.Sequence({"text": TEXT, "answer_start": datasets.Value("int32")})
     columns = {
@@ -90,7 +107,7 @@ def test_squad_has_the_columns_of_the_hub(tmp_path):
         [("Bo", 0)] * 2,
     )
     assert (second.id, second.answers, second.is_labelled) == ("y", (), True)
-    assert [e.is_labelled for e in read("squad", path, labelled=False).examples] == [True, False]
+    assert [e.is_labelled for e in read("squad", path, part="test").examples] == [True, False]
 
 
 def test_words_and_tags_have_the_columns_of_the_hub(tmp_path):

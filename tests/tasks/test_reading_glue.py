@@ -84,7 +84,7 @@ def test_a_row_is_read_as_glue_lays_it_out(name, end, tmp_path):
 @pytest.mark.parametrize("name", TESTS)
 def test_a_test_file_has_no_labels(name, tmp_path):
     header, row, expected = TESTS[name]
-    (example,) = read(name, write(tmp_path / "test.tsv", header, row), labelled=False).examples
+    (example,) = read(name, write(tmp_path / "test.tsv", header, row), part="test").examples
     assert (example.id, example.text, example.pair) == expected
     assert example.label is None
 
@@ -133,7 +133,7 @@ def test_the_scores_of_sts_b_are_numbers_from_0_to_5(part, count):
 
 
 def test_the_real_test_file_of_mrpc_has_the_ids_of_its_index():
-    reading = read("mrpc", real_data("glue/MRPC/test.tsv"), labelled=False)
+    reading = read("mrpc", real_data("glue/MRPC/test.tsv"), part="test")
     assert [example.id for example in reading.examples] == [str(number) for number in range(1725)]
     assert {example.label for example in reading.examples} == {None}
 
@@ -155,7 +155,7 @@ def test_rows_of_mnli_without_a_gold_label_are_passed_over_and_told(tmp_path):
     reading = read("mnli", path)
     assert [example.id for example in reading.examples] == ["4"]
     assert reading.notes == (f"{path}: 1 of 2 rows have no label ('-') and were passed over",)
-    unlabelled = read("mnli", path, labelled=False).examples
+    unlabelled = read("mnli", path, part="test").examples
     assert [example.label for example in unlabelled] == [None, "contradiction"]
 
 
@@ -233,6 +233,12 @@ BAD = [
     ("rte", [RTE, "0\ta\tb\tentailment", "0\ta\tb\tentailment"], ":3: the id '0' is also that of "),
     ("sts-b", ["sentence1\tsentence2\tscore", "a\tb\tnan"], ":2: 'score' must be a finite number, not 'nan'"),
     ("sts-b", ["sentence1\tsentence2\tscore", "a\tb\t4,5"], ":2: 'score' must be a finite number, not '4,5'"),
+    (
+        "sts-b",
+        ["sentence1\tsentence2\tscore", "a\tb\t5.000", "a\tb\t5.001"],
+        ":3: the score '5.001' of 'score' is not from 0 to 5; mend the row",
+    ),
+    ("sts-b", ["sentence1\tsentence2\tscore", "a\tb\t-1"], ":2: the score '-1' of 'score' is not from 0 to 5"),
     ("cola", ["gj04\t1\t\tFine.", "gj04\t0\tBad."], ":2: the row has 3 columns, but there must be 4"),
     ("cola", ["gj04\tyes\t\tFine."], ":1: the label 'yes' of 'label' is outside the set"),
     ("cola", ["gj04\t1\t\t "], ":1: 'sentence' is empty"),

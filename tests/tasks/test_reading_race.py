@@ -59,7 +59,7 @@ def test_files_come_in_the_order_of_their_numbers(tmp_path):
 
 def test_a_part_without_answers_is_read_where_labels_are_not_needed(tmp_path):
     article(tmp_path / "1.txt", answers=None)
-    assert {example.label for example in read("race", tmp_path, labelled=False).examples} == {None}
+    assert {example.label for example in read("race", tmp_path, part="test").examples} == {None}
     assert refusal("race", tmp_path).startswith(f"{tmp_path / '1.txt'}: 'answers' must be a list of texts")
 
 
@@ -140,6 +140,9 @@ def test_broken_json_is_told_with_its_line(tmp_path):
 
 
 def test_a_folder_without_articles_and_a_file_are_told(tmp_path):
-    assert refusal("race", tmp_path).startswith(f"{tmp_path}: has no example of the task")
+    looked_for = "has no articles, which are looked for as *.txt in it or in its folders middle and high; name the "
+    assert refusal("race", tmp_path).startswith(f"{tmp_path}: {looked_for}")
+    (tmp_path / "parts" / "middle").mkdir(parents=True)
+    assert refusal("race", tmp_path / "parts").startswith(f"{tmp_path / 'parts'}: {looked_for}")
     path = article(tmp_path / "1.txt")
     assert refusal("race", path).startswith(f"{path}: is a file; name the folder")

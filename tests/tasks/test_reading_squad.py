@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from megatron_bert_tp.tasks.examples import Answer
+from megatron_bert_tp.tasks.examples import UNKNOWN_PLACE, Answer
 from tests.sources import real_data
 from tests.tasks.reading import read, refusal, task, write
 
@@ -48,6 +48,7 @@ def independent(path, *, keep_impossible=True):
     ]
 
 
+PARTS = ["training", "validation", "test"]
 FILES = [
     ("dev-v2.0.first1050.json", 1050, 540),
     ("train-v1.1.first4370.json", 4370, 0),
@@ -56,10 +57,10 @@ FILES = [
 
 
 @pytest.mark.parametrize(("name", "count", "num_impossible"), FILES)
-@pytest.mark.parametrize("is_labelled", [True, False])
-def test_all_questions_of_a_real_file_are_read(name, count, num_impossible, is_labelled):
+@pytest.mark.parametrize("part", PARTS)
+def test_all_questions_of_a_real_file_are_read(name, count, num_impossible, part):
     path = real_data(f"squad/{name}")
-    reading = read("squad", path, labelled=is_labelled)
+    reading = read("squad", path, part=part)
     examples = reading.examples
     assert [(e.id, e.context, e.question, e.answers) for e in examples] == independent(path)
     assert len(examples) == count
@@ -79,7 +80,7 @@ def test_impossible_questions_of_a_real_file_are_passed_over_when_told_so():
     assert reading.notes == (f"{path}: 540 questions without an answer passed over, by task.unanswerable",)
 
 
-def test_a_few_answers_that_do_not_stand_at_their_place_are_left_out_and_told(tmp_path):
+def test_training_leaves_out_a_few_answers_that_do_not_stand_at_their_place_and_tells_it(tmp_path):
     partly = question("p", ("Anna", 3), ("Anna", 2))
     path = squad(tmp_path / "dev.json", GOOD, BAD, partly)
     reading = read(task("squad", bad_answers=0.5), path)
@@ -92,9 +93,27 @@ def test_a_few_answers_that_do_not_stand_at_their_place_are_left_out_and_told(tm
         "passed over (questions b, p)",
     )
     # 2 of 4 is the most that 0.5 allows.
-    told = refusal(task("squad", bad_answers=0.49), path)
-    assert told.startswith(
-        f"{path}: 2 of 4 answers do not stand at their answer_start (questions b, p), more than "
+    for part in PARTS:
+        told = refusal(task("squad", bad_answers=0.49), path, part=part)
+        assert told.startswith(
+            f"{path}: 2 of 4 answers do not stand at their answer_start (questions b, p), more than "
+        )
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_what_is_measured_keeps_all_questions_and_the_texts_of_all_answers(part, tmp_path):
+    """The evaluation scripts of SQuAD read no places, and count every question of the file."""
+    partly = question("p", ("Anna", 3), ("Anna", 2))
+    path = squad(tmp_path / "dev.json", GOOD, BAD, partly)
+    reading = read(task("squad", bad_answers=0.5), path, part=part)
+    assert [(e.id, e.answers, e.is_labelled) for e in reading.examples] == [
+        ("a", (Answer("Anna", 2),), True),
+        ("b", (Answer("Bo", UNKNOWN_PLACE),), True),
+        ("p", (Answer("Anna", UNKNOWN_PLACE), Answer("Anna", 2)), True),
+    ]
+    assert reading.notes == (
+        f"{path}: 2 of 4 answers do not stand at their answer_start: their texts are kept to measure by, and 1 "
+        "questions that have no other have no part in the loss (questions b, p)",
     )
 
 
@@ -110,13 +129,16 @@ def test_the_first_bad_questions_are_named(tmp_path):
 )
 def test_an_answer_stands_at_its_place_or_not(answer, tmp_path):
     path = squad(tmp_path / "dev.json", GOOD, question("x", answer))
-    assert [e.id for e in read(task("squad", bad_answers=0.5), path).examples] == ["a"]
+    known = task("squad", bad_answers=0.5)
+    assert [e.id for e in read(known, path).examples] == ["a"]
+    _, kept = read(known, path, part="validation").examples
+    assert kept.answers == (Answer(answer[0], UNKNOWN_PLACE),)
 
 
 def test_a_question_to_predict_is_kept_whatever_its_answers_are(tmp_path):
     path = squad(tmp_path / "test.json", GOOD, BAD, {"id": "c", "question": "Where?"})
-    reading = read(task("squad", bad_answers=0.5), path, labelled=False)
-    assert [(e.id, e.is_labelled) for e in reading.examples] == [("a", True), ("b", False), ("c", False)]
+    reading = read(task("squad", bad_answers=0.5), path, part="test")
+    assert [(e.id, e.is_labelled) for e in reading.examples] == [("a", True), ("b", True), ("c", False)]
 
 
 def test_no_answer_is_what_the_file_or_the_setting_says(tmp_path):

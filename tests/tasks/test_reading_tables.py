@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from megatron_bert_tp.tasks.reading.lines import LONGEST_LINE
 from tests.tasks.reading import read, refusal, task, write
 
 PAIR = {"text": "premise", "pair": "hypothesis", "label": "verdict", "id": "key"}
@@ -47,6 +48,23 @@ def test_a_quote_in_tsv_is_a_character(tmp_path):
     ]
 
 
+def test_a_text_of_csv_may_be_as_long_as_a_line_and_the_limit_of_the_library_stays(tmp_path):
+    before, text = csv.field_size_limit(), "word " * 100_000
+    path = write(tmp_path / "train.csv", "text,label", f"{text},x", "b,y")
+    assert len(text) > before
+    assert [example.text for example in read("classification", path).examples] == [text, "b"]
+    assert csv.field_size_limit() == before
+    refusal("classification", write(tmp_path / "bad.csv", "text,label", '"a"b,y'))
+    assert csv.field_size_limit() == before
+
+
+def test_a_text_of_csv_that_never_ends_is_refused_with_the_limit(tmp_path):
+    line = "word " * (LONGEST_LINE // 8)
+    path = write(tmp_path / "train.csv", "text,label", f'"{line}', f'{line}",x')
+    told = f"the row that begins here is no CSV (field larger than field limit ({LONGEST_LINE}))"
+    assert refusal("classification", path).startswith(f"{path}:2: {told}")
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".ndjson"])
 def test_the_columns_of_json_lines_are_their_keys(suffix, tmp_path):
     row = {"key": 17, "premise": "It rains.", "hypothesis": "It is wet.", "verdict": "yes", "more": [1]}
@@ -74,9 +92,9 @@ def test_without_labels_those_that_are_there_are_taken(tmp_path):
     path = json_lines(
         tmp_path / "test.jsonl", {"text": "a", "label": "x"}, {"text": "b"}, {"text": "c", "label": None}
     )
-    assert labels(read("classification", path, labelled=False)) == ["x", None, None]
-    assert labels(read("classification", write(tmp_path / "t.csv", "text,label", "a,"), labelled=False)) == [None]
-    assert labels(read("classification", write(tmp_path / "u.csv", "text", "a"), labelled=False)) == [None]
+    assert labels(read("classification", path, part="test")) == ["x", None, None]
+    assert labels(read("classification", write(tmp_path / "t.csv", "text,label", "a,"), part="test")) == [None]
+    assert labels(read("classification", write(tmp_path / "u.csv", "text", "a"), part="test")) == [None]
 
 
 def test_blank_lines_are_passed_over_and_told(tmp_path):
@@ -107,7 +125,14 @@ def test_several_labels_are_a_list_or_a_text_cut_at_the_separator(tmp_path):
 
 def test_several_labels_may_be_unknown_where_they_are_not_needed(tmp_path):
     path = json_lines(tmp_path / "test.jsonl", {"text": "a"}, {"text": "b", "label": []})
-    assert labels(read("multi-label", path, labelled=False)) == [None, ()]
+    assert labels(read("multi-label", path, part="test")) == [None, ()]
+
+
+def test_an_empty_text_is_no_label_where_labels_are_not_needed_and_else_says_that_none_holds(tmp_path):
+    path = write(tmp_path / "part.csv", "text,label", "a,", 'b,"x,y"', "c, ")
+    assert labels(read("multi-label", path, part="test")) == [None, ("x", "y"), None]
+    for part in ("training", "validation"):
+        assert labels(read("multi-label", path, part=part)) == [(), ("x", "y"), ()]
 
 
 # Numbers
@@ -215,7 +240,7 @@ BAD = [
         ['{"text": "a \\ud800", "label": "x"}'],
         ":1: an escape is half of a surrogate pair",
     ),
-    ("classification", ".jsonl", ["[" * 100_000], ":1: nested too deeply"),
+    ("classification", ".jsonl", [f'{{"text": {"[" * 100_000}'], ":1: nested too deeply"),
     ("multi-label", ".csv", ["text,label", 'a,"x,,y"'], ":2: one of the labels of 'label' is empty ('x,,y')"),
     ("multi-label", ".jsonl", ['{"text": "a", "label": 4}'], ":1: 'label' must be a list or a text, not 4"),
     ("multi-label", ".jsonl", ['{"text": "a", "label": null}'], ":1: 'label' has no label"),
@@ -258,10 +283,10 @@ BAD = [
         "regression",
         ".json",
         ["[", "{}]"],
-        ":1: not JSON (Expecting value, column 2); each line must be one JSON object",
+        ":1: this is a JSON array; write one object a line",
     ),
     ("regression", ".jsonl", [f'{{"text": "a", "label": {"1" * 5000}}}'], ":1: Exceeds the limit (4300 digits)"),
-    (task("multi-label", separator=""), ".csv", ["text,label", "a,x"], ":2: task.separator is empty"),
+    ("regression", ".json", ["", '[{"text": "a", "label": 1}]'], ":2: this is a JSON array; write one object a line"),
 ]
 
 

@@ -41,7 +41,7 @@ def test_a_byte_above_127_is_latin_1(tmp_path):
 
 def test_questions_without_classes_are_read_where_labels_are_not_needed(tmp_path):
     path = write(tmp_path / "test.txt", "Who is it: Bo ?", "NUM:date When ?")
-    found = [(example.text, example.label) for example in read("trec", path, labelled=False).examples]
+    found = [(example.text, example.label) for example in read("trec", path, part="test").examples]
     assert found == [("Who is it: Bo ?", None), ("When ?", "NUM")]
 
 

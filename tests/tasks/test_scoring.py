@@ -9,6 +9,7 @@ import pytest
 from megatron_bert_tp.config.task_schema import TaskConfig
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks.examples import (
+    UNKNOWN_PLACE,
     Answer,
     AnswerExample,
     ChoiceExample,
@@ -70,6 +71,21 @@ def test_the_order_of_the_classes_is_that_of_the_labels_given():
     found = scored("sst-2", texts(None), table, [[5, 1]], "positive", "negative")
     assert found.predictions[0]["label"] == "positive"
     assert found.submissions["SST-2.tsv"].endswith("0\t1\n"), "GLUE has its own order"
+
+
+@pytest.mark.parametrize("name", ["mrpc", "qqp"])
+def test_f1_is_that_of_the_tasks_own_class_1_whatever_the_order_of_the_labels(name):
+    own = TASKS[name].labels
+    said, expected = np.array([1, 1, 0, 0, 0, 0]), np.array([1, 1, 1, 0, 0, 0])
+    for order in ([0, 1], [1, 0]):
+        labels = [own[number] for number in order]
+        # Where the order is turned, number 0 is the task's class 1.
+        table = table_of(name, [3] * 6, list(range(6)), labels=np.take(order, expected))
+        examples = texts(*(own[number] for number in expected))
+        found = scored(name, examples, table, np.eye(2)[np.take(order, said)], *labels)
+        # Class 1: found 2 of 3.  Class 0: found all 3, 1 too many, which would be an F1 of 6 / 7.
+        assert found.metrics == pytest.approx({"f1": 4 / 5, "accuracy": 5 / 6}, rel=1e-15)
+        assert [record["label"] for record in found.predictions] == [own[number] for number in said]
 
 
 def test_several_classes_hold_where_their_logit_is_above_0():
@@ -153,6 +169,22 @@ def test_whether_a_question_may_have_no_answer_is_said_by_the_settings_or_the_ex
     found = scored("squad", QUESTIONS[:1], table, [[9, 9], [0, 0], [2, 2]])
     assert set(found.predictions[0]) == {"id", "answer", "start", "end", "probability", "score", "expected"}
     assert found.metrics == {"exact_match": 1.0, "f1": 1.0}
+
+
+def test_a_question_without_an_answer_is_refused_with_its_place_where_each_must_have_one():
+    table = table_of("squad", [3, 3], [0, 1], spans=SPANS, labels=np.zeros((2, 2), dtype=np.int64))
+    task = TaskConfig(name="squad", unanswerable=False)
+    with pytest.raises(DataError, match=r"^d:q1: the question has no answer.*set task\.unanswerable=true, or false"):
+        score(task, QUESTIONS, table, np.zeros((6, 2)), labels=None)
+
+
+def test_an_answer_without_a_place_is_measured_by_its_text():
+    lost = AnswerExample(
+        id="q", place="", question="?", context="red cat", answers=(Answer("the cat", UNKNOWN_PLACE),)
+    )
+    table = table_of("squad", [3], [0], spans=SPANS[:3], labels=np.full((1, 2), -100))
+    found = scored("squad", [lost], table, [[0, 0], [0, 0], [2, 2]])
+    assert (found.metrics, found.predictions[0]["expected"]) == ({"exact_match": 1.0, "f1": 1.0}, ["the cat"])
 
 
 def test_tags_are_put_back_to_their_sentences():

@@ -34,7 +34,7 @@ def right_outputs(table: FeatureTable, num_labels: int) -> np.ndarray:
 
 def scored(name: str, path: Path, folder: Path) -> tuple[Sequence[Example], Scored]:
     task = TaskConfig(name=name)
-    examples = read_examples(task, [path], is_labelled=True).examples
+    examples = read_examples(task, [path], part="validation").examples
     labels = labels_of(task, examples)
     names = labels.names if labels else None
     table = features_of(examples, encoder_of("bert uncased", folder), task, labels=labels, sequence_length=128)

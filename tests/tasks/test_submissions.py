@@ -10,6 +10,7 @@ from megatron_bert_tp.tasks import submissions
 from megatron_bert_tp.tasks.answers import Answers, Candidate
 from megatron_bert_tp.tasks.examples import ChoiceExample, Example, WordsExample
 from megatron_bert_tp.tasks.task import TASKS
+from tests.tasks.reading import read, write
 
 GLUE_CLASSES = ("cola", "sst-2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli")
 
@@ -55,17 +56,46 @@ def test_classes_that_are_not_those_of_glue_have_no_file():
     assert submissions.choices("multiple-choice", made("0"), [1]) == {}
 
 
-def test_the_parts_of_mnli_have_a_file_each():
-    both = made("0", place="a.tsv:2", group="test_matched") + made(
-        "0", "1", place="b.tsv:2", group="test_mismatched"
-    )
-    files = submissions.classes("mnli", both, ["neutral", "entailment", "contradiction"])
+MNLI = "index\tsentence1\tsentence2"
+
+
+@pytest.mark.parametrize("folder", ["plain", "mismatched_vs_matched", "mismatched", "matched"])
+def test_the_parts_of_mnli_have_a_file_each_whatever_their_folder_is_called(folder, tmp_path):
+    matched = write(tmp_path / folder / "test_matched.tsv", MNLI, "0\ta\tb")
+    mismatched = write(tmp_path / folder / "test_mismatched.tsv", MNLI, "0\ta\tb", "1\tc\td")
+    examples = read("mnli", matched, mismatched, part="test").examples
+    files = submissions.classes("mnli", examples, ["neutral", "entailment", "contradiction"])
     assert {name: table(content)[1:] for name, content in files.items()} == {
         "MNLI-m.tsv": [["0", "neutral"]],
         "MNLI-mm.tsv": [["0", "entailment"], ["1", "contradiction"]],
     }
-    alone = submissions.classes("mnli", made("0", place="test_mismatched.tsv:2"), ["neutral"])
-    assert list(alone) == ["MNLI-mm.tsv"]
+    for path, file in ((matched, "MNLI-m.tsv"), (mismatched, "MNLI-mm.tsv")):
+        alone = read("mnli", path, part="test").examples
+        assert list(submissions.classes("mnli", alone, ["neutral"] * len(alone))) == [file]
+
+
+def test_files_of_mnli_that_are_neither_part_do_not_share_one(tmp_path):
+    paths = [
+        write(tmp_path / "mismatched" / f"{name}.tsv", MNLI, "0\ta\tb") for name in ("m", "mm", "dev_matched")
+    ]
+    files = submissions.classes("mnli", read("mnli", *paths, part="test").examples, ["neutral"] * 3)
+    assert list(files) == ["MNLI-m.tsv" if False else "MNLI-m.tsv"]
+
+
+def test_several_files_of_a_task_have_a_submission_each(tmp_path):
+    paths = [write(tmp_path / name, "index\tsentence", "0\tgood", "1\tbad") for name in ("a.tsv", "b.tsv")]
+    examples = read("sst-2", *paths, part="test").examples
+    files = submissions.classes("sst-2", examples, ["positive", "negative", "negative", "positive"])
+    assert {name: table(content)[1:] for name, content in files.items()} == {
+        "SST-2-a.tsv": [["0", "1"], ["1", "0"]],
+        "SST-2-b.tsv": [["0", "0"], ["1", "1"]],
+    }
+    pairs = [write(tmp_path / f"s{n}.tsv", "index\tsentence1\tsentence2", "0\ta\tb") for n in (1, 2)]
+    files = submissions.numbers("sts-b", read("sts-b", *pairs, part="test").examples, [1.0, 2.0])
+    assert {name: table(content)[1:] for name, content in files.items()} == {
+        "STS-B-s1.tsv": [["0", "1.000"]],
+        "STS-B-s2.tsv": [["0", "2.000"]],
+    }
 
 
 def test_the_index_is_that_of_the_file_or_the_place_in_it():

@@ -36,13 +36,17 @@ def label_of(row: Row, column: str, *, is_labelled: bool) -> str | None:
 
 
 def labels_of_row(row: Row, column: str, separator: str, *, is_labelled: bool) -> tuple[str, ...] | None:
-    """Names of all classes that hold: a list of JSON, or a text cut at ``separator``; empty where none holds."""
+    """Names of all classes that hold: a list of JSON, or a text cut at ``separator``.
+
+    None at all may hold: an empty list, or, where labels must be there, an empty text.  Elsewhere an empty text is
+    no label, as in a test file that has the column but not what it says.
+    """
     value = row.values.get(column)
-    if value is None:
+    if value is None or (not is_labelled and _is_missing(value)):
         _without_label(row, column, is_labelled=is_labelled)
         return None
     if isinstance(value, str):
-        value = _split(value, separator, row) if value.strip() else []
+        value = value.split(separator) if value.strip() else []
     if not isinstance(value, list):
         raise DataError(f"{row.place}: {column!r} must be a list or a text, not {shown(value)}; mend the file")
     names = [_name(item, row, column) for item in value]
@@ -91,12 +95,6 @@ def texts_of(row: Row, column: str) -> Sequence[str]:
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"{row.place}: {column!r} holds {shown(text)}, which is no text; mend the file")
     return value
-
-
-def _split(text: str, separator: str, row: Row) -> list[str]:
-    if not separator:
-        raise DataError(f"{row.place}: task.separator is empty; set it to what stands between the labels")
-    return text.split(separator)
 
 
 def _is_missing(value: object) -> bool:

@@ -9,7 +9,7 @@
     qnli    entailment, not_entailment           0, 1 in this order
     rte     entailment, not_entailment           0, 1 in this order
     wnli    0, 1                                 not_entailment 0, entailment 1
-    sts-b   a number from 0 to 5                 -
+    sts-b   a number from 0 to 5                 -    (-1 in a folder: none)
 
 Examples carry the names.  Columns are found by their names, whatever their order.  A folder of
 `datasets.save_to_disk` has the columns of the `glue` data set on Hugging Face's hub.
@@ -24,6 +24,7 @@ from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks.examples import Example, TextExample
 from megatron_bert_tp.tasks.reading import cells
 from megatron_bert_tp.tasks.reading.datasets_folder import folder_rows
+from megatron_bert_tp.tasks.reading.json_values import shown
 from megatron_bert_tp.tasks.reading.lines import read_lines
 from megatron_bert_tp.tasks.reading.parts import Note, Source
 from megatron_bert_tp.tasks.reading.row import Row, Wanted
@@ -71,6 +72,7 @@ _HUB_TEXTS: dict[str, tuple[str, str | None]] = {
     "qnli": ("question", "sentence"),
     **dict.fromkeys(("mrpc", "sts-b", "rte", "wnli"), ("sentence1", "sentence2")),
 }
+_BEST_SCORE, _NO_SCORE = 5, -1
 GLUE = tuple(_LAYOUTS)
 """Names of the tasks."""
 
@@ -147,7 +149,7 @@ def _example(
     row: Row, number: int, layout: _Layout, classes: Mapping[str, str] | None, source: Source
 ) -> TextExample:
     if classes is None:
-        label: str | float | None = cells.number_of(row, layout.label, is_labelled=source.is_labelled)
+        label: str | float | None = _score(row, layout.label, source)
     elif _has_no_label(row, layout):
         label = None
     else:
@@ -162,6 +164,19 @@ def _example(
         pair=pair,
         label=label,
     )
+
+
+def _score(row: Row, column: str, source: Source) -> float | None:
+    """A score of STS-B, the only task of GLUE whose label is a number; -1 is none in a folder of `datasets`."""
+    if source.path.is_dir() and row.values.get(column) == _NO_SCORE:
+        row = Row(row.place, {**row.values, column: None})
+    score = cells.number_of(row, column, is_labelled=source.is_labelled)
+    if score is not None and not 0 <= score <= _BEST_SCORE:
+        raise DataError(
+            f"{row.place}: the score {shown(row.values[column])} of {column!r} is not from 0 to {_BEST_SCORE}; "
+            "mend the row, or read other scores with task.name=regression"
+        )
+    return score
 
 
 def _texts(row: Row, columns: Sequence[str]) -> tuple[str, str | None]:

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_bert_tp.errors import DataError
 
+Part = Literal["training", "validation", "test"]
 _MNLI_PARTS = ("mismatched", "matched")  # the longer first: both are the end of "dev_mismatched"
 
 
@@ -20,17 +22,22 @@ class Note:
 class Source:
     """One of the paths of a part.
 
-    ``group`` is for its examples; ``is_labelled``: a missing label is an error.  ``id_prefix`` stands before ids
-    that are only unique within the file, such as the number of a row.
+    ``part`` is what the examples are for, ``group`` is for them.  ``id_prefix`` stands before ids that are only
+    unique within the file, such as the number of a row.
     """
 
     path: Path
-    is_labelled: bool
+    part: Part
     group: str = ""
     id_prefix: str = ""
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether a missing label is an error."""
+        return self.part != "test"
 
-def sources_of(task_name: str, paths: Sequence[Path], *, is_labelled: bool) -> tuple[Source, ...]:
+
+def sources_of(task_name: str, paths: Sequence[Path], *, part: Part) -> tuple[Source, ...]:
     """A source for each path; their groups are the names of the files where there are several.
 
     A file of MNLI whose name ends in ``matched`` or ``mismatched`` has this as its group even alone, because
@@ -44,7 +51,7 @@ def sources_of(task_name: str, paths: Sequence[Path], *, is_labelled: bool) -> t
         names = ("",)
     prefixes = [f"{name}:" if len(paths) > 1 else "" for name in names]
     return tuple(
-        Source(path=path, group=name, is_labelled=is_labelled, id_prefix=prefix)
+        Source(path=path, part=part, group=name, id_prefix=prefix)
         for path, name, prefix in zip(paths, names, prefixes, strict=True)
     )
 
@@ -69,19 +76,16 @@ def _check(paths: Sequence[Path]) -> None:
 
 def _names(paths: Sequence[Path]) -> tuple[str, ...]:
     """Stems of the files, or as much of their resolved paths as tells them apart."""
-    resolved = [path.resolve() for path in paths]
-    folders = max(len(path.parts) for path in resolved)
-    for is_whole in (False, True):
+    # Without the root, which no name of a file may hold: submissions are called by groups.
+    whole = [path.resolve().relative_to(path.resolve().anchor) for path in paths]
+    short = [path.with_suffix("") if given.is_file() else path for path, given in zip(whole, paths, strict=True)]
+    folders = max(len(path.parts) for path in whole)
+    for named in (short, whole):
         for depth in range(1, folders + 1):
-            named = resolved if is_whole else map(_without_suffix, resolved)
             names = tuple("_".join(path.parts[-depth:]) for path in named)
             if len(set(names)) == len(names):
                 return names
     raise AssertionError("distinct paths have distinct names")
-
-
-def _without_suffix(path: Path) -> Path:
-    return path.with_suffix("") if path.is_file() else path
 
 
 def _mnli_names(names: tuple[str, ...]) -> tuple[str, ...]:

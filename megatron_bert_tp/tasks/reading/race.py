@@ -33,27 +33,37 @@ def read_race(_task: TaskConfig, source: Source) -> Iterator[Example | Note]:
     number of the question from 0.
     """
     num_incomplete = 0
-    for folder, group in _folders(source):
-        for path in sorted(folder.glob("[!.]*.txt"), key=_in_order):
-            name, article, questions = _read(path, is_labelled=source.is_labelled)
-            for number, question in enumerate(questions):
-                num_incomplete += not (question.text.strip() and all(map(str.strip, question.options)))
-                yield ChoiceExample(
-                    id=f"{name}-{number}",
-                    place=question.place,
-                    group=group,
-                    pairs=tuple((_filled(question.text, option), article) for option in question.options),
-                    label=question.answer,
-                )
+    for path, group in _files(source):
+        name, article, questions = _read(path, is_labelled=source.is_labelled)
+        for number, question in enumerate(questions):
+            num_incomplete += not (question.text.strip() and all(map(str.strip, question.options)))
+            yield ChoiceExample(
+                id=f"{name}-{number}",
+                place=question.place,
+                group=group,
+                pairs=tuple((_filled(question.text, option), article) for option in question.options),
+                label=question.answer,
+            )
     if num_incomplete:
         yield Note(f"{source.path}: {num_incomplete} questions empty or with an empty option, kept as they are")
 
 
-def _folders(source: Source) -> list[tuple[Path, str]]:
+def _files(source: Source) -> list[tuple[Path, str]]:
+    """Files of articles with their groups; DataError where there are none."""
     if not source.path.is_dir():
         raise DataError(f"{source.path}: is a file; name the folder, or the one with middle and high")
     levels = [(source.path / level, level) for level in _LEVELS if (source.path / level).is_dir()]
-    return levels or [(source.path, source.group)]
+    found = [
+        (path, group)
+        for folder, group in levels or [(source.path, source.group)]
+        for path in sorted(folder.glob("[!.]*.txt"), key=_in_order)
+    ]
+    if not found:
+        raise DataError(
+            f"{source.path}: has no articles, which are looked for as *.txt in it or in its folders middle and high; "
+            "name the folder of one part, such as RACE/train"
+        )
+    return found
 
 
 def _in_order(path: Path) -> tuple[float, str]:

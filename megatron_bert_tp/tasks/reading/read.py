@@ -9,7 +9,7 @@ from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks.examples import ChoiceExample, Example
 from megatron_bert_tp.tasks.reading.columns import read_columns
 from megatron_bert_tp.tasks.reading.glue import GLUE, read_glue
-from megatron_bert_tp.tasks.reading.parts import Note, Source, no_examples, sources_of
+from megatron_bert_tp.tasks.reading.parts import Note, Part, Source, no_examples, sources_of
 from megatron_bert_tp.tasks.reading.race import read_race
 from megatron_bert_tp.tasks.reading.squad import read_squad
 from megatron_bert_tp.tasks.reading.tables import read_table
@@ -27,15 +27,15 @@ class Reading:
     notes: tuple[str, ...]
 
 
-def read_examples(task: TaskConfig, paths: Sequence[Path], *, is_labelled: bool) -> Reading:
+def read_examples(task: TaskConfig, paths: Sequence[Path], *, part: Part) -> Reading:
     """Examples of all these files; DataError with file and line for what is wrong.
 
-    ``is_labelled`` is so for training and validation: a missing label is an error.  Otherwise labels are taken
-    where they are there.  Several files are a group each, called by the name of the file.  A number of a row or
+    A missing label is an error in training and validation; in a test part labels are taken where they are there.
+    What cannot be learned from, but measured, is passed over in training alone.  Several files are a group each, called by the name of the file.  A number of a row or
     sentence, and an ``index`` of GLUE, then has this name and a colon before it, to be unique; any other id that
     is there twice is an error.
     """
-    sources = sources_of(task.name, paths, is_labelled=is_labelled)
+    sources = sources_of(task.name, paths, part=part)
     items = list(_READERS[task.name](task, sources))
     examples = tuple(item for item in items if not isinstance(item, Note))
     _check_ids(examples)

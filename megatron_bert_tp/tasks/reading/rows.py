@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks.reading.datasets_folder import folder_rows
 from megatron_bert_tp.tasks.reading.json_values import parse_json, shown
-from megatron_bert_tp.tasks.reading.lines import read_lines
+from megatron_bert_tp.tasks.reading.lines import LONGEST_LINE, read_lines
 from megatron_bert_tp.tasks.reading.parts import Note
 from megatron_bert_tp.tasks.reading.row import Row, Wanted
 
@@ -85,6 +85,8 @@ def _csv_rows(path: Path, wanted: Wanted) -> Iterator[Row | Note]:
 
 
 def _next_record(reader: Iterator[list[str]], place: str) -> list[str] | None:
+    # The limit is one of the whole process, and by default shorter than many a text; others keep theirs.
+    limit = csv.field_size_limit(LONGEST_LINE)
     try:
         return next(reader, None)
     except csv.Error as error:
@@ -92,6 +94,8 @@ def _next_record(reader: Iterator[list[str]], place: str) -> list[str] | None:
             f"{place}: the row that begins here is no CSV ({error}); close its quotes, write a quote within a "
             "text twice, or use JSON lines"
         ) from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _json_rows(path: Path, wanted: Wanted) -> Iterator[Row | Note]:
@@ -100,6 +104,8 @@ def _json_rows(path: Path, wanted: Wanted) -> Iterator[Row | Note]:
         if not text.strip():
             num_blank += 1
             continue
+        if number == num_blank + 1 and text.lstrip().startswith("["):
+            raise DataError(f"{path}:{number}: this is a JSON array; write one object a line, without brackets")
         values = parse_json(text, path, number, way_out=_JSON_LINES)
         if not isinstance(values, dict):
             raise DataError(f"{path}:{number}: {_JSON_LINES}, but it is {shown(values)}")

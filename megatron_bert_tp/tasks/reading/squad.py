@@ -1,30 +1,40 @@
 """SQuAD 1.1 and 2.0: questions about contexts, with the places of their answers."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_bert_tp.config.task_schema import TaskConfig
 from megatron_bert_tp.errors import DataError
-from megatron_bert_tp.tasks.examples import Answer, AnswerExample, Example
+from megatron_bert_tp.tasks.examples import UNKNOWN_PLACE, Answer, AnswerExample, Example
 from megatron_bert_tp.tasks.reading import cells
 from megatron_bert_tp.tasks.reading.datasets_folder import folder_rows
 from megatron_bert_tp.tasks.reading.json_values import parse_json, shown
 from megatron_bert_tp.tasks.reading.lines import read_whole
-from megatron_bert_tp.tasks.reading.parts import Note, Source
+from megatron_bert_tp.tasks.reading.parts import Note, Part, Source
 from megatron_bert_tp.tasks.reading.row import Row, Wanted
 
 _MOST_NAMED = 5
+_MEASURED = ("their texts are kept to measure by", "have no part in the loss")
+_MENDED: dict[Part, tuple[str, str]] = {
+    "training": ("left out", "passed over"),
+    "validation": _MEASURED,
+    "test": _MEASURED,
+}
+"""What becomes of answers that do not stand at their place, and of questions that have no other."""
 
 
 @dataclass
 class _Tally:
-    """What one file has; ``bad`` are the questions of answers that do not stand at their place, one each."""
+    """What one file has; ``bad`` are the questions of answers that do not stand at their place, one each.
+
+    ``num_misplaced`` counts the questions that have no other answer.
+    """
 
     num_answers: int = 0
     num_impossible: int = 0
     num_blank: int = 0
-    num_without_answer: int = 0
+    num_misplaced: int = 0
     bad: list[str] = field(default_factory=list)
 
 
@@ -42,14 +52,15 @@ class _Question:
 def read_squad(task: TaskConfig, source: Source) -> Iterator[Example | Note]:
     """An example for each question; contexts and answers as they are, white space included.
 
-    An answer whose text does not stand at its place is left out and counted; DataError when such answers are more
-    than `task.bad_answers` of all in the file.  A labelled question that has no other answer is passed over.
-    Questions without an answer are passed over where `task.unanswerable` is false.
+    An answer whose text does not stand at its place is counted; DataError when such answers are more than
+    `task.bad_answers` of all in the file.  Training leaves it out, and passes over a question that has no other.
+    What is measured by, as the evaluation scripts do, is its text: validation and test keep this, with
+    `UNKNOWN_PLACE`.  Questions without an answer are passed over where `task.unanswerable` is false.
     """
     tally = _Tally()
     questions = _questions_of_folder(source) if source.path.is_dir() else _questions(source.path)
     examples = [_example(question, task, source, tally) for question in questions]
-    notes = _notes(tally, task, source.path)
+    notes = _notes(tally, task, source)
     yield from (example for example in examples if example is not None)
     yield from notes
 
@@ -64,10 +75,11 @@ def _example(question: _Question, task: TaskConfig, source: Source, tally_: _Tal
             f"{question.place}: has no answer, and is_impossible is not true; mend the file, or set "
             "task.unanswerable to true if there is none in the context"
         )
-    answers = _standing(question, tally_)
-    if question.answers and not answers and source.is_labelled:
-        tally_.num_without_answer += 1
-        return None
+    answers = _placed(question, tally_)
+    if source.part == "training":
+        answers = tuple(answer for answer in answers if answer.start != UNKNOWN_PLACE)
+        if question.answers and not answers:
+            return None
     tally_.num_blank += not question.text.strip()
     return AnswerExample(
         id=question.id,
@@ -80,21 +92,26 @@ def _example(question: _Question, task: TaskConfig, source: Source, tally_: _Tal
     )
 
 
-def _standing(question: _Question, tally_: _Tally) -> tuple[Answer, ...]:
-    """The answers that stand at their place."""
-    found = []
-    for answer in question.answers or ():
-        tally_.num_answers += 1
-        end = answer.start + len(answer.text)
-        if answer.text and answer.start >= 0 and question.context[answer.start : end] == answer.text:
-            found.append(answer)
-        else:
-            tally_.bad.append(question.id)
-    return tuple(found)
+def _placed(question: _Question, tally_: _Tally) -> tuple[Answer, ...]:
+    """The answers, those that do not stand at their place with an unknown one."""
+    given = question.answers or ()
+    found = tuple(
+        answer if _stands(answer, question.context) else replace(answer, start=UNKNOWN_PLACE) for answer in given
+    )
+    num_bad = sum(answer.start == UNKNOWN_PLACE for answer in found)
+    tally_.num_answers += len(found)
+    tally_.bad += [question.id] * num_bad
+    tally_.num_misplaced += bool(found) and num_bad == len(found)
+    return found
 
 
-def _notes(tally: _Tally, task: TaskConfig, path: Path) -> list[Note]:
-    notes = []
+def _stands(answer: Answer, context: str) -> bool:
+    end = answer.start + len(answer.text)
+    return bool(answer.text) and answer.start >= 0 and context[answer.start : end] == answer.text
+
+
+def _notes(tally: _Tally, task: TaskConfig, source: Source) -> list[Note]:
+    notes, path = [], source.path
     if tally.bad:
         named = list(dict.fromkeys(tally.bad))
         told = f"{len(tally.bad)} of {tally.num_answers} answers do not stand at their answer_start"
@@ -104,8 +121,9 @@ def _notes(tally: _Tally, task: TaskConfig, path: Path) -> list[Note]:
                 f"{path}: {told} ({first}), more than task.bad_answers ({task.bad_answers}); mend the file, or "
                 "allow more"
             )
-        without = f", and {tally.num_without_answer} questions that have no other passed over"
-        notes.append(Note(f"{path}: {told}: left out{without * bool(tally.num_without_answer)} ({first})"))
+        kept, of_others = _MENDED[source.part]
+        others = f", and {tally.num_misplaced} questions that have no other {of_others}"
+        notes.append(Note(f"{path}: {told}: {kept}{others * bool(tally.num_misplaced)} ({first})"))
     if tally.num_impossible:
         notes.append(
             Note(f"{path}: {tally.num_impossible} questions without an answer passed over, by task.unanswerable")
