@@ -88,16 +88,19 @@ def _glue(name: str, examples: Sequence[Example], values: Sequence[str]) -> File
     for example, value in zip(examples, values, strict=True):
         # Of several files, the reader puts the name and a colon before the index.
         rows[example.group].append((example.id.rpartition(":")[2], value))
-    return {f"{_glue_file(name, group, len(rows))}.tsv": _table(found) for group, found in rows.items()}
+    files = _glue_files(name, tuple(rows))
+    return {f"{files[group]}.tsv": _table(found) for group, found in rows.items()}
 
 
-def _glue_file(name: str, group: str, num_groups: int) -> str:
-    """MNLI's parts by their groups, of which a single file that is not called by either is taken for matched."""
-    if name == "mnli" and group in _MNLI_PARTS:
-        return _MNLI_PARTS[group]
-    if num_groups > 1:
-        return f"{_GLUE[name]}-{group}"
-    return _MNLI_PARTS["matched"] if name == "mnli" else _GLUE[name]
+def _glue_files(name: str, groups: Sequence[str]) -> Mapping[str, str]:
+    """A name for each group: of MNLI's parts those of its site, and a single file of it is taken for matched."""
+    if len(groups) == 1:
+        alone = _MNLI_PARTS["matched"] if name == "mnli" else _GLUE[name]
+        return {group: _MNLI_PARTS.get(group, alone) for group in groups}
+    by_group = {group: f"{_GLUE[name]}-{group}" for group in groups}
+    parts = {group: _MNLI_PARTS.get(group, file) for group, file in by_group.items()}
+    # A file that is called m would be written over by the matched one beside it.
+    return parts if name == "mnli" and len(set(parts.values())) == len(groups) else by_group
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

@@ -3,9 +3,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bert_tp import evaluate, finetune
+from megatron_bert_tp.config.command_line import run_command
 from megatron_bert_tp.config.task_table import Kind
 from tests.finetuning.cases import Files, write_model, write_task
 from tests.finetuning.reference import Followed, follow
+from tests.finetuning.runs import EVALUATE, FINETUNE
+
+ENTRIES = {FINETUNE: finetune, EVALUATE: evaluate}
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +43,15 @@ def followed_of(files_of) -> Callable[[Kind], Followed]:
         return known[kind]
 
     return followed_of
+
+
+@pytest.fixture
+def message_of(capfd):
+    """What an entry point says on stderr, and the code that it ends with."""
+
+    def message_of(module, settings, *overrides):
+        entry = ENTRIES[module]
+        code = run_command(entry.main, usage=entry.USAGE, arguments=[str(settings), *map(str, overrides)])
+        return code, capfd.readouterr().err
+
+    return message_of

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext, redirect_stdout
+from enum import Enum
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.load import load_task
-from megatron_bert_tp.config.task_table import Kind
 from megatron_bert_tp.training.evaluating import evaluate
 from megatron_bert_tp.training.finetuning import finetune
 from tests.pool import RankPool
@@ -52,8 +52,8 @@ def layout_settings(layout: Layout) -> tuple[str, ...]:
 
 
 def name_of(value: object) -> str:
-    """Name of a layout, or of a kind, in the name of a test."""
-    if isinstance(value, Kind):
+    """Name of a layout, a kind or a signal in the name of a test."""
+    if isinstance(value, Enum):
         return value.name
     if not isinstance(value, Layout):
         return str(value)

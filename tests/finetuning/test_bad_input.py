@@ -5,26 +5,10 @@ import shutil
 
 import pytest
 
-from megatron_bert_tp import evaluate, finetune
-from megatron_bert_tp.config.command_line import run_command
 from megatron_bert_tp.config.task_table import Kind
 from megatron_bert_tp.errors import ExitCode
 from tests.finetuning.runs import EVALUATE, FINETUNE
 from tests.training.runs import start
-
-ENTRIES = {FINETUNE: finetune, EVALUATE: evaluate}
-
-
-@pytest.fixture
-def message_of(capfd):
-    """What an entry point says on stderr, and the code that it ends with."""
-
-    def message_of(module, settings, *overrides):
-        entry = ENTRIES[module]
-        code = run_command(entry.main, usage=entry.USAGE, arguments=[str(settings), *map(str, overrides)])
-        return code, capfd.readouterr().err
-
-    return message_of
 
 
 def changed(source, target, before, after, *, count=1):

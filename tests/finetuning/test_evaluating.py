@@ -6,7 +6,16 @@ import pytest
 
 from megatron_bert_tp.config.task_table import Kind
 from tests.finetuning.cases import first_lines
-from tests.finetuning.runs import EVALUATE, measure, name_of, predictions_of, products_of, result_of, tune
+from tests.finetuning.runs import (
+    EVALUATE,
+    evaluations_of,
+    measure,
+    name_of,
+    predictions_of,
+    products_of,
+    result_of,
+    tune,
+)
 from tests.sources import real_data
 from tests.support import Layout
 from tests.training.runs import start, succeeded
@@ -27,6 +36,11 @@ def tuned_of(ranks, files_of, tmp_path_factory):
         return known[kind]
 
     return tuned_of
+
+
+def without_loss(metrics):
+    """Metrics of predictions alone: the loss is of all parts together."""
+    return {name: value for name, value in metrics.items() if name != "loss"}
 
 
 def rounded(record):
@@ -65,8 +79,11 @@ def test_the_export_has_the_metrics_of_its_run_at_another_layout_too(ranks, file
     layout = Layout(tensor=2) if kind in (Kind.CLASS, Kind.ANSWER, Kind.TAGS) else Layout(pipeline=2)
     given = "optimizer.precision=float32", "data.train=null"
     found = measure(ranks, files_of(kind).settings, folder / "model", tmp_path / "run", *given, layout=layout)
-    expected = result_of(folder)["metrics"]["validation"]
+    result = result_of(folder)
+    (best,) = (row for row in evaluations_of(folder) if row["step"] == result["best_step"])
+    expected = {"loss": best["loss"], **result["metrics"]["validation"]}
     assert found["validation"] == pytest.approx(expected, abs=1e-5)  # float32: correlations of 13 numbers
+    assert {name: best[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     assert [record["id"] for record in predictions_of(tmp_path / "run")] == [
         record["id"] for record in predictions_of(folder)
     ]
@@ -88,7 +105,8 @@ def test_the_command_evaluates_a_checkpoint_too(files_of, tuned_of, tmp_path):
     )
     assert "validation: pearson" in told
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert found["validation"] == pytest.approx(result_of(folder)["metrics"]["validation"], abs=1e-5)
+    expected = result_of(folder)["metrics"]["validation"]
+    assert without_loss(found["validation"]) == pytest.approx(expected, abs=1e-5)
     assert "submission/validation/STS-B.tsv" in products_of(tmp_path / "run")
 
 
@@ -101,11 +119,11 @@ def test_several_files_are_measured_together_and_one_by_one(ranks, files_of, tun
     paths = {name: str(tmp_path / f"{name}.tsv") for name in parts}
     both = f"data.validation={json.dumps(list(paths.values()))}"
     together = measure(ranks, files.settings, model, tmp_path / "both", both)["validation"]
-    whole = measure(ranks, files.settings, model, tmp_path / "whole")["validation"]
+    whole = without_loss(measure(ranks, files.settings, model, tmp_path / "whole")["validation"])
     assert {name: together[name] for name in whole} == whole
     for name, path in paths.items():
         alone = measure(ranks, files.settings, model, tmp_path / name, f"data.validation={path}")["validation"]
-        assert {metric: together[f"{metric}_{name}"] for metric in alone} == alone
+        assert {metric: together[f"{metric}_{name}"] for metric in whole} == without_loss(alone)
     ids = [record["id"] for record in predictions_of(tmp_path / "both")]
     assert len(set(ids)) == 13
 

@@ -179,7 +179,8 @@ def test_a_run_that_lost_patience_is_not_gone_on_with(ranks, files_of, patient, 
 def test_a_run_without_validation_exports_its_last_step(ranks, files_of, tmp_path):
     given = "data.validation=null", "run.evaluate_every=null", "optimizer.steps=3", "optimizer.precision=float32"
     folder = tune(ranks, files_of(Kind.CLASS).settings, tmp_path / "run", *given)
-    assert result_of(folder) == {"seed": 7, "best_step": 3, "metric": "f1", "metrics": {}}
+    result = result_of(folder)
+    assert (result["best_step"], result["metrics"]) == (3, {})
     last = tensors_of(folder, 3)
     found = {f"weight/{name}": value for name, value in exported(folder).items()}
     assert_same_bits(found, {name: last[name] for name in found})

@@ -76,9 +76,7 @@ def test_glue_has_the_columns_of_the_hub(tmp_path):
 def test_a_score_of_minus_1_is_none_and_any_other_beyond_the_scale_is_refused(tmp_path):
     def folder(name, *scores):
         columns = {"sentence1": ["A."] * len(scores), "sentence2": ["B."] * len(scores), "label": list(scores)}
-        return save(
-            tmp_path / name, columns, sentence1=TEXT, sentence2=TEXT, label=datasets.Value("float32")
-        )
+        return save(tmp_path / name, columns, sentence1=TEXT, sentence2=TEXT, label=datasets.Value("float32"))
 
     path = folder("test", -1.0, 2.5)
     assert [e.label for e in read("sts-b", path, part="test").examples] == [None, 2.5]

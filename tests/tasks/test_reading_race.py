@@ -140,7 +140,7 @@ def test_broken_json_is_told_with_its_line(tmp_path):
 
 
 def test_a_folder_without_articles_and_a_file_are_told(tmp_path):
-    looked_for = "has no articles, which are looked for as *.txt in it or in its folders middle and high; name the "
+    looked_for = "has no articles, which are looked for as *.txt in it or in its folders middle and high;"
     assert refusal("race", tmp_path).startswith(f"{tmp_path}: {looked_for}")
     (tmp_path / "parts" / "middle").mkdir(parents=True)
     assert refusal("race", tmp_path / "parts").startswith(f"{tmp_path / 'parts'}: {looked_for}")

@@ -286,7 +286,7 @@ BAD = [
         ":1: this is a JSON array; write one object a line",
     ),
     ("regression", ".jsonl", [f'{{"text": "a", "label": {"1" * 5000}}}'], ":1: Exceeds the limit (4300 digits)"),
-    ("regression", ".json", ["", '[{"text": "a", "label": 1}]'], ":2: this is a JSON array; write one object a line"),
+    ("regression", ".json", ["", '[{"text": "a", "label": 1}]'], ":2: this is a JSON array; write one object"),
 ]
 
 

@@ -174,7 +174,7 @@ def test_whether_a_question_may_have_no_answer_is_said_by_the_settings_or_the_ex
 def test_a_question_without_an_answer_is_refused_with_its_place_where_each_must_have_one():
     table = table_of("squad", [3, 3], [0, 1], spans=SPANS, labels=np.zeros((2, 2), dtype=np.int64))
     task = TaskConfig(name="squad", unanswerable=False)
-    with pytest.raises(DataError, match=r"^d:q1: the question has no answer.*set task\.unanswerable=true, or false"):
+    with pytest.raises(DataError, match=r"^d:q1: the question has no answer.*task\.unanswerable=true, or false"):
         score(task, QUESTIONS, table, np.zeros((6, 2)), labels=None)
 
 

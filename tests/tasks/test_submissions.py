@@ -75,11 +75,15 @@ def test_the_parts_of_mnli_have_a_file_each_whatever_their_folder_is_called(fold
 
 
 def test_files_of_mnli_that_are_neither_part_do_not_share_one(tmp_path):
-    paths = [
-        write(tmp_path / "mismatched" / f"{name}.tsv", MNLI, "0\ta\tb") for name in ("m", "mm", "dev_matched")
-    ]
-    files = submissions.classes("mnli", read("mnli", *paths, part="test").examples, ["neutral"] * 3)
-    assert list(files) == ["MNLI-m.tsv" if False else "MNLI-m.tsv"]
+    def files_of(*names):
+        paths = [write(tmp_path / "mismatched" / f"{name}.tsv", MNLI, "0\ta\tb") for name in names]
+        examples = read("mnli", *paths, part="test").examples
+        return list(submissions.classes("mnli", examples, ["neutral"] * len(names)))
+
+    assert files_of("val_m", "val_mm") == ["MNLI-val_m.tsv", "MNLI-val_mm.tsv"]
+    assert files_of("dev_matched", "dev_mismatched", "new") == ["MNLI-m.tsv", "MNLI-mm.tsv", "MNLI-new.tsv"]
+    assert files_of("m", "dev_matched") == ["MNLI-m.tsv", "MNLI-matched.tsv"]
+    assert files_of("new") == ["MNLI-m.tsv"]
 
 
 def test_several_files_of_a_task_have_a_submission_each(tmp_path):

@@ -60,8 +60,8 @@ def _files(source: Source) -> list[tuple[Path, str]]:
     ]
     if not found:
         raise DataError(
-            f"{source.path}: has no articles, which are looked for as *.txt in it or in its folders middle and high; "
-            "name the folder of one part, such as RACE/train"
+            f"{source.path}: has no articles, which are looked for as *.txt in it or in its folders middle and "
+            "high; name the folder of one part, such as RACE/train"
         )
     return found
 

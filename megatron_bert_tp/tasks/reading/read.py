@@ -31,9 +31,9 @@ def read_examples(task: TaskConfig, paths: Sequence[Path], *, part: Part) -> Rea
     """Examples of all these files; DataError with file and line for what is wrong.
 
     A missing label is an error in training and validation; in a test part labels are taken where they are there.
-    What cannot be learned from, but measured, is passed over in training alone.  Several files are a group each, called by the name of the file.  A number of a row or
-    sentence, and an ``index`` of GLUE, then has this name and a colon before it, to be unique; any other id that
-    is there twice is an error.
+    What cannot be learned from, but measured, is passed over in training alone.  Several files are a group each,
+    called by the name of the file.  A number of a row or sentence, and an ``index`` of GLUE, then has this name
+    and a colon before it, to be unique; any other id that is there twice is an error.
     """
     sources = sources_of(task.name, paths, part=part)
     items = list(_READERS[task.name](task, sources))
