@@ -14,7 +14,11 @@ from tests.formats.test_tokenizer_files import UNCASED, vocabulary
 
 SETTINGS = {
     "model": {"hidden_size": 16},
-    "data": {"corpus": ["/home/me/secret/corpus", "other/novels"], "tokenizer": "/home/me/vocab.txt", "split": [96.0, 4.0, 0.0]},
+    "data": {
+        "corpus": ["/home/me/secret/corpus", "other/novels"],
+        "tokenizer": "/home/me/vocab.txt",
+        "split": [96.0, 4.0, 0.0],
+    },
     "objective": {"pairs": "nsp", "masking": {"probability": 0.15, "whole_words": True}},
     "optimizer": {"name": "adamw", "learning_rate": 0.0001, "global_batch": 64},
     "run": {"directory": "/home/me/runs/one"},

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from megatron_bert_tp import MegatronBertConfig, MegatronBertForQuestionAnswering
-from megatron_bert_tp.text.encoder import Row, windows
 from megatron_bert_tp.prediction.question_answering import Span, candidates, merged, whole_words
+from megatron_bert_tp.text.encoder import Row, windows
 from tests.prediction.answering import QUESTIONS, SIZES, answering_weight
 from tests.prediction.directories import add_tokenizer, predict
 from tests.prediction.texts import LONG, VOCABULARIES
