@@ -39,7 +39,7 @@ from megatron_bert_tp.config.command_line import run_command
 from megatron_bert_tp.parallel.gradients import Gradients
 from megatron_bert_tp.pipeline.executor import Executor
 from megatron_bert_tp.pretrain import main
-from megatron_bert_tp.training import pretraining, update
+from megatron_bert_tp.training import pretraining, session, update
 from megatron_bert_tp.training.trainer import Trainer
 
 SIGNALS = {
@@ -198,8 +198,8 @@ def install(faults: Faults) -> None:
     faults.before(Executor, "_launch", "messages")
     faults.before(Gradients, "reduce_and_norm", "reduce")
     faults.before(update, "step_", "optimizer")
-    faults.before(Trainer, "evaluate", "evaluate")
-    faults.before(pretraining, "process_group", "meet")
+    faults.before(Trainer, "measure", "evaluate")
+    faults.before(session, "process_group", "meet")
     faults.before(pretraining, "open_texts", "start")
     _install_in_saves(faults)
     _spoil_numbers(faults)

@@ -16,7 +16,7 @@ from megatron_bert_tp.model.shape import ModelShape, tensor_shapes
 from megatron_bert_tp.model.stage import MegatronBertStage
 from megatron_bert_tp.parallel.mesh import Axis, MeshShape
 from megatron_bert_tp.pipeline.partition import StagePlan
-from megatron_bert_tp.training.build import model_shape, stage_plans
+from megatron_bert_tp.training.recipe import model_shape, stage_plans
 from megatron_bert_tp.training.texts import open_texts
 from tests.support import Layout, Recipe
 from tests.trainers import configure

@@ -79,7 +79,7 @@ class Spoiler:
                 if name == self._spoil.name:
                     self._of_parameter(stage, name, parameter)
         if self._spoil.what == "loss":
-            stack.enter_context(patch("megatron_bert_tp.training.trainer.microbatch_loss", self._loss))
+            stack.enter_context(patch("megatron_bert_tp.objectives.pretraining.microbatch_loss", self._loss))
         return stack
 
     def _of_parameter(self, stage: nn.Module, _name: str, parameter: nn.Parameter) -> None:
