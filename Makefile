@@ -1,6 +1,6 @@
 # make demo        train, export and try a small model (about 5 minutes on two cores)
 # make test        what CI runs
-# make test-faults the whole fault matrix: killed, stopped, hanging ranks, damaged files (about 15 minutes)
+# make test-faults the whole fault matrix: killed, stopped, hanging ranks, damaged files (about 12 minutes)
 # make soak        a run of 300 steps that is hit by a fault every few seconds, and what is left of it
 # make check-all   the long matrices too
 #

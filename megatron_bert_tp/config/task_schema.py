@@ -68,6 +68,7 @@ class ColumnsConfig:
 class TaskConfig:
     """What is learned."""
 
+    # ruff does not see through the alias that the default, a field of the dataclass, is nothing that is shared.
     name: TaskName = setting(required=True, meaning="one of the tasks of docs/finetune.md")  # noqa: RUF009
     labels: tuple[str, ...] | None = setting(
         None, "classes in the order of their numbers; null: those of the task, else of the training data, sorted"

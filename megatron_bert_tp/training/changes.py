@@ -4,13 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_bert_tp.checkpoint.durable import JSON
 from megatron_bert_tp.checkpoint.read import Checkpoint
-from megatron_bert_tp.config.dump import flat
-from megatron_bert_tp.config.schema import Config, OptimizerConfig
+from megatron_bert_tp.config.dump import Settings, flat
+from megatron_bert_tp.config.schema import OptimizerConfig
 from megatron_bert_tp.config.settings import all_settings
-from megatron_bert_tp.config.task_schema import TaskRun
 from megatron_bert_tp.errors import ConfigError
 
-Settings = Config | TaskRun
 SETTINGS, CORPORA, START = "settings", "corpora", "start"
 """Facts of a checkpoint: all settings of its run, and what tells its corpora and first weights from others."""
 _LEARNED = ("model", "task", "data", "objective", "optimizer")

@@ -59,11 +59,16 @@ def write_result(directory: Path, result: Result) -> None:
 def read_result(directory: Path) -> Result:
     """What `write_result` has written; DataError for anything else."""
     path = directory / RESULT
-    values = read_object(path, largest=_LARGEST, error=DataError)
-    try:
-        return Result(**values)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise DataError(f"{path}: is no result of a training ({error}); move it away to measure again") from error
+    match read_object(path, largest=_LARGEST, error=DataError):
+        case {
+            "seed": int(seed),
+            "best_step": int(best_step),
+            "metric": str(metric),
+            "metrics": dict(metrics),
+            "fingerprints": dict(fingerprints),
+        }:
+            return Result(seed, best_step, metric, metrics, fingerprints)
+    raise DataError(f"{path}: is no result of a training; move it away to measure again")
 
 
 def write_metrics(directory: Path, metrics: Mapping[str, Metrics]) -> None:

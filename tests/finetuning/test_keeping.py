@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_bert_tp.config.task_table import Kind
-from megatron_bert_tp.errors import ExitCode
+from megatron_bert_tp.errors import DataError, ExitCode
 from megatron_bert_tp.training.task_evaluation import Standing
+from megatron_bert_tp.training.task_results import read_result
 from tests.finetuning.cases import Files
 from tests.finetuning.runs import EVALUATE, FINETUNE, evaluations_of, exported, predictions_of, result_of, tune
 
@@ -62,15 +63,20 @@ def test_evaluations_on_other_data_do_not_count(ranks, files_of, tmp_path):
 
 
 def test_a_best_checkpoint_that_is_gone_is_not_the_best(ranks, files_of, tmp_path):
+    """Steps that move nothing: the first evaluation is as good as all others, and so is the best."""
     settings, folder = files_of(Kind.NUMBER).settings, tmp_path / "run"
-    best = result_of(tune(ranks, settings, folder, *SHORT))["best_step"]
-    last = folder / "checkpoints" / "step_00000006"
-    shutil.rmtree(folder / "checkpoints" / f"step_{best:08d}")
+    given = *SHORT[:2], "optimizer.name=sgd", "optimizer.learning_rate=1e-60", "optimizer.weight_decay=0"
+    assert result_of(tune(ranks, settings, folder, *given))["best_step"] == 2
+    shutil.rmtree(folder / "checkpoints" / "step_00000002")
     (folder / "result.json").unlink()
-    if best == 6:
-        pytest.skip("the last step is the best one: there is no other checkpoint")
-    assert result_of(tune(ranks, settings, folder, *SHORT))["best_step"] == 6
-    assert last.exists()
+    assert result_of(tune(ranks, settings, folder, *given))["best_step"] == 6
+
+
+@pytest.mark.parametrize("content", ["{}", '{"seed": 1, "best_step": 2, "metric": "f1", "metrics": 3}', "[]", "x"])
+def test_a_result_that_is_none_is_told(tmp_path, content):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(DataError, match=r"result\.json"):
+        read_result(tmp_path)
 
 
 def test_a_best_evaluation_that_could_not_be_saved_counts_as_worse():

@@ -24,16 +24,6 @@ def vocabulary(request) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def encoder(vocabulary, tmp_path_factory):
-    return encoder_of(vocabulary, tmp_path_factory.mktemp("encoder"))
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return encoder_of("uncased", tmp_path_factory.mktemp("small"))
-
-
 def examples_of(name: str) -> list[AnswerExample]:
     content = json.loads(real_data(f"squad/{name}").read_text(encoding="utf-8"))
     return [

@@ -17,11 +17,6 @@ SENTENCE = TaskConfig(name="token-classification")
 DOCUMENT = TaskConfig(name="token-classification", unit="document")
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return encoder_of("uncased", tmp_path_factory.mktemp("small"))
-
-
 def words_example(words: list[str], *, tags: list[str] | None = None, document: int = 0) -> WordsExample:
     given = None if tags is None else tuple(tags)
     return WordsExample(id="0", place="?", words=tuple(words), tags=given, document=document)

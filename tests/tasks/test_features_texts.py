@@ -13,7 +13,7 @@ from megatron_bert_tp.tasks.features import FeatureTable, features_of
 from megatron_bert_tp.tasks.labels import Labels
 from tests.prediction.texts import LONG, PAIRS, TEXTS
 from tests.sources import real_data
-from tests.tasks.encoders import ALL, REAL, TINY, encoder_of, reference_of
+from tests.tasks.encoders import ALL, REAL, encoder_of, reference_of
 
 YES_NO = Labels(("no", "yes"))
 COLUMNS = {"MRPC": (3, 4), "RTE": (1, 2), "STS-B": (7, 8)}
@@ -25,18 +25,8 @@ def vocabulary(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def encoder(vocabulary, tmp_path_factory):
-    return encoder_of(vocabulary, tmp_path_factory.mktemp("encoder"))
-
-
-@pytest.fixture(scope="module")
 def reference(vocabulary):
     return reference_of(vocabulary)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return encoder_of(TINY[0], tmp_path_factory.mktemp("small"))
 
 
 def text_example(number: int, text: str, pair: str | None = None, label=None) -> TextExample:
