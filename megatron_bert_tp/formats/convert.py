@@ -17,7 +17,7 @@ from megatron_bert_tp.formats.card import card_of
 from megatron_bert_tp.formats.huggingface import HuggingFaceDirectory
 from megatron_bert_tp.formats.huggingface_writer import Counter, write_directory
 from megatron_bert_tp.formats.number_formats import converting
-from megatron_bert_tp.formats.weights import HUGGINGFACE, LOWERCASE, ModelSource
+from megatron_bert_tp.formats.weights import HUGGINGFACE, LOWERCASE, ModelSource, model_folder
 from megatron_bert_tp.formats.work_folder import check_free
 from megatron_bert_tp.model.shape import tensor_shapes
 
@@ -60,7 +60,9 @@ def to_huggingface(
         progress=progress,
     )
     missing = "" if source.tokenizer_files else ", without a tokenizer"
-    return f"{out}: Hugging Face directory of step {opened.step}, {readable(size)}{missing}"
+    best = model_folder(checkpoint)
+    other = "" if best == checkpoint else f"; the newest step: the best one of this run is in {best} already"
+    return f"{out}: Hugging Face directory of step {opened.step}, {readable(size)}{missing}{other}"
 
 
 def from_huggingface(

@@ -44,6 +44,9 @@ def check_model(path: Path) -> None:
             f"{path}: there is no such folder; give a Hugging Face directory, a checkpoint or the folder of a run "
             "(names of a hub are not looked up)"
         )
+    seeds = sorted(path.glob(f"seed_*/model/{CONFIG}"))
+    if seeds and not is_huggingface(path) and not is_checkpoint(path):
+        raise FormatError(f"{path}: holds trainings of several seeds; give one of them, as {seeds[0].parents[1]}")
     if is_megatron(path) and not is_checkpoint(path):
         raise FormatError(f"{path}: this is a checkpoint of Megatron-LM; use convert from-ngc on it first")
 

@@ -1,8 +1,10 @@
-"""Where weights may come from: a Hugging Face directory or a checkpoint, for `model.weights` and conversion."""
+"""Where weights may come from: a Hugging Face directory, a checkpoint or a run, and sizes without weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from megatron_bert_tp.checkpoint.durable import JSON
 from megatron_bert_tp.checkpoint.model import (
@@ -16,7 +18,7 @@ from megatron_bert_tp.checkpoint.model import (
 from megatron_bert_tp.checkpoint.read import Checkpoint, Reader
 from megatron_bert_tp.errors import FormatError
 from megatron_bert_tp.formats.huggingface import HuggingFaceDirectory
-from megatron_bert_tp.formats.huggingface_config import CONFIG
+from megatron_bert_tp.formats.huggingface_config import CONFIG, read_config
 from megatron_bert_tp.formats.recognition import check_model as check_model_path
 from megatron_bert_tp.formats.tokenizer_files import TOKENIZER_FILES, said_lowercase
 from megatron_bert_tp.model.shape import PRETRAINING, Head, ModelShape
@@ -25,6 +27,14 @@ LOWERCASE = "lowercase"
 """Fact of a checkpoint: whether its ``vocab.txt`` is uncased."""
 HUGGINGFACE = "huggingface"
 """Fact of a checkpoint: the keys of an imported config.json that its shape and class do not hold."""
+BEST, RESULT = "model", "result.json"
+"""In the folder of a run on a task: the export of its best checkpoint; and what came of it, written last."""
+
+
+def model_folder(path: Path) -> Path:
+    """The export of the best checkpoint where ``path`` is a finished run on a task, else ``path``."""
+    is_finished = (path / RESULT).is_file() and (path / BEST / CONFIG).is_file()
+    return path / BEST if is_finished else path
 
 
 @dataclass(frozen=True)
@@ -42,9 +52,10 @@ class ModelSource:
     def open(cls, path: Path) -> "ModelSource":
         """Model in a Hugging Face directory, or in a checkpoint whose every SHA-256 is compared.
 
-        FormatError or CheckpointError when the path holds neither.
+        Of a finished run on a task it is the best one.  FormatError or CheckpointError when the path holds none.
         """
         check_model_path(path)
+        path = model_folder(path)
         if (path / CONFIG).is_file():
             found = HuggingFaceDirectory.open(path)
             files = found.tokenizer_files
@@ -54,6 +65,14 @@ class ModelSource:
         source = cls.of_checkpoint(checkpoint)
         checkpoint.verify()
         return source
+
+    @classmethod
+    def without_weights(cls, path: Path) -> "ModelSource":
+        """Sizes and tokenizer of a Hugging Face directory, in which there need be no weights."""
+        found = read_config(path / CONFIG)
+        files = {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
+        head = found.head or PRETRAINING
+        return cls(found.shape, head, _no_weights, files, lowercase=said_lowercase(files), settings=found.settings)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> "ModelSource":
@@ -72,12 +91,20 @@ class ModelSource:
         )
 
 
-def open_encoder_weights(path: Path, *, verify: bool) -> ModelSource:
+def _no_weights(name: str, offsets: tuple[int, ...], extent: tuple[int, ...]) -> Tensor:
+    raise AssertionError(f"{name}, {extent} from {offsets}, is read, but only sizes were asked for")
+
+
+def open_encoder_weights(path: Path, *, verify: bool, reads_weights: bool = True) -> ModelSource:
     """Model whose encoder a task begins with; only with ``verify`` is a checkpoint compared with its SHA-256.
 
-    FormatError or CheckpointError when the path holds none.
+    Without ``reads_weights`` sizes and tokenizer are enough.  FormatError or CheckpointError when the path holds
+    none.
     """
     check_model_path(path)
+    path = model_folder(path)
+    if not reads_weights and (path / CONFIG).is_file():
+        return ModelSource.without_weights(path)
     if verify or (path / CONFIG).is_file():
         return ModelSource.open(path)
     return ModelSource.of_checkpoint(Checkpoint.open(path))

@@ -29,7 +29,7 @@ def check_changes(
     """
     changes = changed_settings(checkpoint.facts, config, corpora)
     if start is not None and checkpoint.facts.get(START) != start:
-        changes.append(f"model.weights: {config.model.weights} holds other weights than those of the beginning")
+        changes.append(f"model.weights: {config.model.weights} holds another model than that of the beginning")
     if not changes or config.run.allow_changes:
         return changes
     listed = "\n".join(f"  {change}" for change in changes)
@@ -67,7 +67,7 @@ def _changed_texts(
     is_same = old == new if stored is None else stored == list(corpora)
     if is_same:
         return []
-    return [f"{path}: {old} -> {new}" if old != new else f"{path}: {new} has another content now"]
+    return [f"{path}: {old} -> {new}" if old != new else f"{path}: {new} gives other samples now"]
 
 
 def _is_endless(optimizer: OptimizerConfig) -> bool:

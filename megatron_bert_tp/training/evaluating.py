@@ -1,11 +1,13 @@
 """Measuring a model that has learned a task, on one rank."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.task_schema import TaskRun
 from megatron_bert_tp.errors import ConfigError
+from megatron_bert_tp.formats.weights import RESULT
 from megatron_bert_tp.reliability.actions import Kind
 from megatron_bert_tp.training.build import build_pipeline
 from megatron_bert_tp.training.failures import together
@@ -16,8 +18,7 @@ from megatron_bert_tp.training.state import weights_source
 from megatron_bert_tp.training.task_data import batches_of, open_task_data
 from megatron_bert_tp.training.task_evaluation import THRESHOLD, scored
 from megatron_bert_tp.training.task_recipe import task_objective, task_recipe
-from megatron_bert_tp.training.task_results import write_metrics, write_part
-from megatron_bert_tp.training.task_start import RESULT
+from megatron_bert_tp.training.task_results import remove_parts, write_metrics, write_part
 
 
 def evaluate(config: TaskRun, environment: LaunchEnvironment) -> None:
@@ -26,6 +27,7 @@ def evaluate(config: TaskRun, environment: LaunchEnvironment) -> None:
     ConfigError where that is the folder of a training, whose own results would be lost.
     """
     _check_free(Path(config.run.directory))
+    config = replace(config, model=replace(config.model, random_weights=False))  # that is how a training began
     with session(config.run, environment) as within:
         mesh, actions = within.meet(config.parallel)
         data = open_task_data(config, verifies=mesh.is_first, learns=False, say=within.narrator(actions))
@@ -52,6 +54,7 @@ def evaluate(config: TaskRun, environment: LaunchEnvironment) -> None:
                     within.say("\n".join(write_part(Path(config.run.directory), name, found)))
         with together(within.agreement):
             if within.is_first:
+                remove_parts(Path(config.run.directory), but=metrics)
                 write_metrics(Path(config.run.directory), metrics)
         within.tell_end(actions)
 

@@ -11,7 +11,9 @@ from megatron_bert_tp.checkpoint.load import load_parts_
 from megatron_bert_tp.config.dump import to_yaml
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.task_schema import TaskRun
+from megatron_bert_tp.errors import ConfigError
 from megatron_bert_tp.formats.convert import to_huggingface
+from megatron_bert_tp.formats.weights import BEST, RESULT
 from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.reliability.actions import Actions, Kind
 from megatron_bert_tp.tasks.batches import TaskBatches
@@ -37,12 +39,12 @@ from megatron_bert_tp.training.task_recipe import steps_between_evaluations, tas
 from megatron_bert_tp.training.task_results import (
     Result,
     read_result,
+    remove_parts,
     summary_lines,
     write_part,
     write_result,
     write_summary,
 )
-from megatron_bert_tp.training.task_start import MODEL, RESULT
 from megatron_bert_tp.training.trainer import Trainer
 
 
@@ -51,6 +53,7 @@ def finetune(config: TaskRun, environment: LaunchEnvironment) -> None:
 
     What ends it early is told as by `training.pretraining.pretrain`, and the same command goes on.
     """
+    _check_folder(config)
     with session(config.run, environment) as within:
         mesh, actions = within.meet(config.parallel)
         data = open_task_data(config, verifies=mesh.is_first, learns=True, say=within.narrator(actions))
@@ -59,7 +62,8 @@ def finetune(config: TaskRun, environment: LaunchEnvironment) -> None:
         with together(within.agreement):
             if within.is_first and config.run.seeds is not None:
                 write_summary(Path(config.run.directory), results)
-                within.say("\n".join(summary_lines(results)))
+                for line in summary_lines(results):
+                    within.say(line)
         within.tell_end(actions)
 
 
@@ -79,6 +83,8 @@ class _Tuning:
         directory, agreement = Path(config.run.directory), self.within.agreement
         result = None
         self.within.stop_if_asked(f"before {directory}")
+        if self.config.run.seeds is not None:
+            self.within.say(f"seed {seed}: {directory}")
         with together(agreement):
             if self.within.is_first:
                 directory.mkdir(parents=True, exist_ok=True)
@@ -88,7 +94,7 @@ class _Tuning:
             return result or Result(seed, 0, metric_of(config), {}, {})
         recipe = task_recipe(config, self.data)
         trainer, best = self._train(config, recipe)
-        self.within.stop_if_asked(f"before the export to {directory / MODEL}")
+        self.within.stop_if_asked(f"before the export to {directory / BEST}")
         with together(agreement):
             if self.within.is_first:
                 (directory / RESULT).unlink(missing_ok=True)
@@ -145,6 +151,11 @@ class _Tuning:
             lines=TaskLines(config.optimizer.precision == "float16"),
             keeps=evaluation.best_step,
         ).run(self.within, self.actions)
+        if evaluation.is_over and trainer.steps_done < recipe.optimizer.steps:
+            self.within.say(
+                f"ends after step {trainer.steps_done} of {recipe.optimizer.steps}: run.patience = "
+                f"{config.run.patience}, and nothing since step {evaluation.best_step} was better"
+            )
         best_step = evaluation.best_step or trainer.steps_done
         best = step_directory(recipe.directory / CHECKPOINTS, best_step)
         is_old = begin.checkpoint is not None and begin.checkpoint.step == best_step and not best.exists()
@@ -152,17 +163,24 @@ class _Tuning:
 
     def _evaluation(self, config: TaskRun, recipe: Recipe, trainer: Trainer) -> TaskEvaluation | NoEvaluation:
         part, training = self.data.validation, self.data.training
+        standing = standing_of(
+            recipe.directory,
+            config,
+            self.data,
+            trainer.steps_done,
+            agreement=self.within.agreement,
+            say=self.within.say,
+        )
         if part is None or training is None:
             return NoEvaluation()
-        agreement = self.within.agreement
         return TaskEvaluation(
             config,
             self.data,
             self._batches(config, part),
-            agreement=agreement,
+            agreement=self.within.agreement,
             every=steps_between_evaluations(config, training.table.num_samples),
             last_step=recipe.optimizer.steps,
-            standing=standing_of(recipe.directory, config, self.data, trainer.steps_done, agreement),
+            standing=standing,
         )
 
     def _conclude(self, config: TaskRun, trainer: Trainer, best: Path) -> Result:
@@ -173,8 +191,8 @@ class _Tuning:
         self.actions.enter(Kind.SAVING, f"exports {best}")
         with together(agreement):
             if self.within.is_first:
-                _export(best, directory / MODEL)
-                self.within.say(f"{directory / MODEL}: Hugging Face directory of step {checkpoint.step}")
+                _export(best, directory / BEST)
+                self.within.say(f"{directory / BEST}: Hugging Face directory of step {checkpoint.step}")
         with together(agreement):
             if checkpoint.step != trainer.steps_done:
                 load_parts_(trainer.chunks.parts(), checkpoint.weight)
@@ -189,6 +207,7 @@ class _Tuning:
         result = Result(seed, checkpoint.step, metric_of(config), metrics, fingerprints)
         with together(agreement):
             if self.within.is_first:
+                remove_parts(directory, but=metrics)
                 write_result(directory, result)
         return result
 
@@ -217,6 +236,20 @@ def _export(verified_checkpoint: Path, out: Path) -> None:
         out.rename(old)
     fresh.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_folder(config: TaskRun) -> None:
+    """ConfigError where the folder is that of one training and this are several, or the other way round."""
+    directory, seeds = Path(config.run.directory), config.run.seeds
+    if seeds is not None and ((directory / CHECKPOINTS).exists() or (directory / RESULT).exists()):
+        raise ConfigError(
+            f"run.seeds: run.directory = {directory} holds a training without run.seeds; give another folder, or "
+            "leave run.seeds out"
+        )
+    if seeds is None and any(directory.glob("seed_*/")):
+        raise ConfigError(
+            f"run.directory = {directory} holds trainings of run.seeds; give another folder, or that of one seed"
+        )
 
 
 def _finished(config: TaskRun, data: TaskData) -> Result | None:

@@ -12,7 +12,7 @@ from megatron_bert_tp.config.task_schema import TaskConfig, TaskRun
 from megatron_bert_tp.data.packing import Cutting
 from megatron_bert_tp.data.samples.sampler import SampleOrder
 from megatron_bert_tp.errors import ConfigError, DataError
-from megatron_bert_tp.formats.weights import ModelSource, open_encoder_weights
+from megatron_bert_tp.formats.weights import ModelSource, model_folder, open_encoder_weights
 from megatron_bert_tp.parallel.mesh import Axis
 from megatron_bert_tp.tasks.batches import TaskBatches
 from megatron_bert_tp.tasks.examples import AnswerExample, Example
@@ -29,7 +29,7 @@ from megatron_bert_tp.training.task_start import (
     check_start,
     has_head_of,
     labels_of_model,
-    model_folder,
+    sizes_fingerprint,
     weights_fingerprint,
 )
 
@@ -69,7 +69,7 @@ class TaskData:
     def fingerprints(self) -> dict[str, str]:
         """What tells the weights and each part from others, by their settings."""
         parts = {"data.train": self.training, "data.validation": self.validation, "data.test": self.test}
-        told = {path: fingerprint(part) for path, part in parts.items() if part is not None}
+        told = {path: fingerprint(part, self.labels) for path, part in parts.items() if part is not None}
         return {"model.weights": self.start, **told}
 
     @property
@@ -89,7 +89,8 @@ def open_task_data(config: TaskRun, *, verifies: bool, learns: bool, say: Say) -
     """
     check_libraries(TASKS[config.task.name].kind)
     path = model_folder(Path(config.model.weights))
-    source = open_encoder_weights(path, verify=verifies)
+    is_random = learns and config.model.random_weights
+    source = open_encoder_weights(path, verify=verifies and not is_random, reads_weights=not is_random)
     check_start(config, source, path)
     encoder = open_encoder(source, path)
     files = config.data
@@ -110,14 +111,14 @@ def open_task_data(config: TaskRun, *, verifies: bool, learns: bool, say: Say) -
     _check_weights_of_classes(config, labels)
     data = TaskData(
         source,
-        weights_fingerprint(path),
+        sizes_fingerprint(source.shape) if is_random else weights_fingerprint(path),
         labels,
         part(training, "training"),
         part(_examples(config, files.validation, "validation", say=say), "validation"),
         part(_examples(config, files.test, "test", say=say), "test"),
     )
     _check_answers(config, data)
-    if learns and has_head_of(source, config.task, labels) and not config.model.random_weights:
+    if learns and not is_random and has_head_of(source, config.task, labels):
         say(f"begins with the head of {path} too: it is for the same labels")
     return data
 
@@ -139,12 +140,20 @@ def batches_of(
     )
 
 
-def fingerprint(part: TaskPart) -> str:
-    """What tells the samples of a part from others: SHA-256 of tokens and labels."""
-    digest = hashlib.sha256()
+def learned_fingerprint(part: TaskPart, labels: Labels | None) -> str:
+    """What tells the samples of a part from others: SHA-256 of tokens, labels and the names of these."""
+    digest = hashlib.sha256(repr(() if labels is None else labels.names).encode())
     for array in (part.table.ids, part.table.bounds, part.table.labels):
         if array is not None:
             digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint(part: TaskPart, labels: Labels | None) -> str:
+    """What tells all that is measured or written of a part from others: its samples, ids, texts and answers."""
+    digest = hashlib.sha256(learned_fingerprint(part, labels).encode())
+    for example in part.examples:
+        digest.update(repr(replace(example, place="")).encode())
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ from megatron_bert_tp.training.failures import together
 from megatron_bert_tp.training.outputs import Floats, outputs_of
 from megatron_bert_tp.training.progress import METRICS, Record, pace_of_step, read_records
 from megatron_bert_tp.training.run_directory import CHECKPOINTS
-from megatron_bert_tp.training.task_data import TaskData, TaskPart
+from megatron_bert_tp.training.task_data import Say, TaskData, TaskPart
 from megatron_bert_tp.training.trainer import Trainer
 
 _SMALLER_IS_BETTER = ("mean_squared_error",)
@@ -138,26 +138,35 @@ def check_metric(name: str, metrics: dict[str, float]) -> None:
 
 
 def standing_of(
-    directory: Path, config: TaskRun, data: TaskData, steps_done: int, agreement: Agreement
+    directory: Path, config: TaskRun, data: TaskData, steps_done: int, *, agreement: Agreement, say: Say
 ) -> Standing:
     """How the run in ``directory`` stands after the evaluations on record, up to ``steps_done``.
 
-    Those on other samples do not count, and only what has a checkpoint can be the best.  Every rank must call it.
+    Those on other samples or by another metric do not count, which is told, and only what has a checkpoint can be
+    the best.  Every rank must call it.
     """
     standing = Standing()
     with together(agreement):
-        if agreement.rank == 0 and (directory / METRICS).exists():
-            records = [
-                record
-                for record in read_records(directory / METRICS)
-                if int(record["step"]) <= steps_done
-                and record.get(MEASURED_ON) == data.fingerprints[VALIDATION]
-                and metric_of(config) in record
-            ]
-            standing = _of_records(records, metric_of(config), directory / CHECKPOINTS)
+        if agreement.rank == 0:
+            metric, samples = metric_of(config), data.fingerprints.get(VALIDATION)
+            before = _evaluations(directory, steps_done)
+            records = [record for record in before if record[MEASURED_ON] == samples and metric in record]
+            if len(records) < len(before):
+                say(
+                    f"{directory}: {len(before) - len(records)} of {len(before)} evaluations on record do not "
+                    "count, since data.validation or run.metric was another"
+                )
+            standing = _of_records(records, metric, directory / CHECKPOINTS)
     value = float("nan") if standing.value is None else standing.value
     step, value, worse = agreement.gathered([standing.step, value, standing.worse_since])[0]
     return Standing(int(step), None if value != value else value, int(worse))
+
+
+def _evaluations(directory: Path, steps_done: int) -> list[Record]:
+    """Records of all evaluations of a run up to a step."""
+    path = directory / METRICS
+    records = read_records(path) if path.exists() else []
+    return [record for record in records if MEASURED_ON in record and int(record["step"]) <= steps_done]
 
 
 def _of_records(records: Sequence[Record], metric: str, checkpoints: Path) -> Standing:

@@ -12,7 +12,7 @@ from megatron_bert_tp.checkpoint.model import ARCHITECTURE
 from megatron_bert_tp.config.schema import OptimizerConfig, UpdateConfig
 from megatron_bert_tp.config.task_schema import TaskOptimizerConfig, TaskRun
 from megatron_bert_tp.formats.huggingface_config import LABELS
-from megatron_bert_tp.formats.weights import HUGGINGFACE
+from megatron_bert_tp.formats.weights import HUGGINGFACE, model_folder
 from megatron_bert_tp.model.shape import HEADS, Head, ModelShape
 from megatron_bert_tp.objectives.label_losses import CrossEntropy
 from megatron_bert_tp.objectives.tasks import TaskObjective, terms_of
@@ -22,8 +22,8 @@ from megatron_bert_tp.pipeline.partition import partition
 from megatron_bert_tp.tasks.labels import Labels
 from megatron_bert_tp.tasks.task import PROBLEM_TYPES, TASKS
 from megatron_bert_tp.training.recipe import Recipe
-from megatron_bert_tp.training.task_data import TaskData, TaskPart, fingerprint
-from megatron_bert_tp.training.task_start import has_head_of, model_folder
+from megatron_bert_tp.training.task_data import TaskData, TaskPart, learned_fingerprint
+from megatron_bert_tp.training.task_start import has_head_of
 
 _EPOCHS = 3.0
 """Where neither epochs nor steps are given."""
@@ -49,7 +49,7 @@ def task_recipe(config: TaskRun, data: TaskData) -> Recipe:
         plans=partition(shape.num_hidden_layers, config.parallel.pipeline * config.parallel.virtual),
         tokenizer_files=source.tokenizer_files,
         lowercase=source.lowercase,
-        fingerprints=() if data.training is None else (fingerprint(data.training),),
+        fingerprints=() if data.training is None else (learned_fingerprint(data.training, data.labels),),
         weights=None if start.random_weights else model_folder(Path(start.weights)),
         start=data.start,
         takes_head=has_head_of(source, config.task, data.labels),

@@ -2,17 +2,19 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
 from megatron_bert_tp.checkpoint.durable import read_object
 from megatron_bert_tp.errors import DataError
+from megatron_bert_tp.formats.weights import RESULT
 from megatron_bert_tp.tasks.scoring import Scored
-from megatron_bert_tp.training.task_start import RESULT
 
 SUMMARY = "summary.json"
+PARTS = ("validation", "test")
 _LARGEST = 2**24  # bytes of a result.json
 Metrics = Mapping[str, float]
 
@@ -40,15 +42,28 @@ def write_part(directory: Path, name: str, scored: Scored) -> list[str]:
     ``predictions.<name>.jsonl`` has a record for each example, in their order, ``submission/<name>/`` the files
     in the layout of the task's own benchmark.
     """
-    predictions = directory / f"predictions.{name}.jsonl"
+    predictions, submission = _files_of_part(directory, name)
+    shutil.rmtree(submission, ignore_errors=True)
     lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in scored.predictions)
     _replace(predictions, "".join(lines))
     for file, content in scored.submissions.items():
-        path = directory / "submission" / name / file
+        path = submission / file
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, content)
     told = ", ".join(f"{metric} {value:.4f}" for metric, value in scored.metrics.items()) or "no labels"
     return [f"{name}: {told}", f"{predictions}: {len(scored.predictions):,} predictions"]
+
+
+def remove_parts(directory: Path, *, but: Collection[str]) -> None:
+    """Remove what an earlier start has written of other parts: it is of another model."""
+    for name in set(PARTS) - set(but):
+        predictions, submission = _files_of_part(directory, name)
+        predictions.unlink(missing_ok=True)
+        shutil.rmtree(submission, ignore_errors=True)
+
+
+def _files_of_part(directory: Path, name: str) -> tuple[Path, Path]:
+    return directory / f"predictions.{name}.jsonl", directory / "submission" / name
 
 
 def write_result(directory: Path, result: Result) -> None:
@@ -77,25 +92,31 @@ def write_metrics(directory: Path, metrics: Mapping[str, Metrics]) -> None:
 
 
 def write_summary(directory: Path, results: Mapping[int, Result]) -> None:
-    """Write ``summary.json``: every seed, and median, least and most of each metric on validation."""
+    """Write ``summary.json``: every seed, and median, least and most of each metric of each part."""
     content = {
         "seeds": {str(seed): asdict(result) for seed, result in results.items()},
-        "validation": spreads(list(results.values())),
+        **spreads(list(results.values())),
     }
     _replace(directory / SUMMARY, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def summary_lines(results: Mapping[int, Result]) -> list[str]:
-    """A line for each metric on validation."""
+    """A line for each metric of each part."""
+    of = "one seed" if len(results) == 1 else f"{len(results)} seeds"
     return [
-        f"{name}: median {row['median']:.4f} of {len(results)} seeds, {row['least']:.4f} to {row['most']:.4f}"
-        for name, row in spreads(list(results.values())).items()
+        f"{part} {name}: median {row['median']:.4f} of {of}, {row['least']:.4f} to {row['most']:.4f}"
+        for part, rows in spreads(list(results.values())).items()
+        for name, row in rows.items()
     ]
 
 
-def spreads(results: Sequence[Result]) -> dict[str, dict[str, float]]:
-    """Median, least and most over the seeds of every metric on validation."""
-    rows = [result.metrics.get("validation", {}) for result in results]
+def spreads(results: Sequence[Result]) -> dict[str, dict[str, dict[str, float]]]:
+    """Median, least and most over the seeds of every metric, by part."""
+    parts = [part for part in PARTS if all(part in result.metrics for result in results)]
+    return {part: _spreads_of([result.metrics[part] for result in results]) for part in parts}
+
+
+def _spreads_of(rows: Sequence[Metrics]) -> dict[str, dict[str, float]]:
     names = [name for name in rows[0] if all(name in row for row in rows)] if rows else []
     columns = {name: [row[name] for row in rows] for name in names}
     return {

@@ -13,18 +13,11 @@ from megatron_bert_tp.config.task_schema import TaskConfig, TaskRun
 from megatron_bert_tp.errors import ConfigError
 from megatron_bert_tp.formats.huggingface_config import CONFIG
 from megatron_bert_tp.formats.weights import ModelSource
+from megatron_bert_tp.model.shape import ModelShape
 from megatron_bert_tp.tasks.labels import Labels, labels_from_names, labels_of
 from megatron_bert_tp.tasks.task import PROBLEM_TYPES, TASKS, Kind
 
-MODEL, RESULT = "model", "result.json"
-"""In the folder of a run on a task: the export of its best checkpoint; and what came of it, written last."""
 _END = 1 << 20  # bytes
-
-
-def model_folder(path: Path) -> Path:
-    """The export of the best checkpoint where ``path`` is a finished run on a task, else ``path``."""
-    is_finished = (path / RESULT).is_file() and (path / MODEL / CONFIG).is_file()
-    return path / MODEL if is_finished else path
 
 
 def check_start(config: TaskRun, source: ModelSource, path: Path) -> None:
@@ -95,6 +88,11 @@ def _names_in(source: ModelSource) -> tuple[str, ...]:
         return ()
     names = tuple(str(named.get(str(number))) for number in range(len(named)))
     return () if names == tuple(f"LABEL_{number}" for number in range(len(names))) else names
+
+
+def sizes_fingerprint(shape: ModelShape) -> str:
+    """What tells the beginning of a run from others that takes no more than sizes."""
+    return hashlib.sha256(repr(asdict(shape)).encode()).hexdigest()
 
 
 def weights_fingerprint(path: Path) -> str:

@@ -34,7 +34,7 @@ def test_other_first_weights_are_another_experiment(files_of, other_weights, mes
     others = f"run.directory={folder}", f"model.weights={other_weights}"
     code, told = message_of(FINETUNE, settings, *others, *SHORT)
     assert code == ExitCode.BAD_SETTINGS
-    assert f"model.weights: {other_weights} holds other weights than those of the beginning" in told
+    assert f"model.weights: {other_weights} holds another model than that of the beginning" in told
     assert result_of(folder) == before
 
 
