@@ -24,6 +24,7 @@ def main(arguments: list[str]) -> None:
 
     from megatron_bert_tp.prediction.predictor import Predictor
     from megatron_bert_tp.prediction.stream import answer_stream, opened_sink, opened_source
+    from megatron_bert_tp.prediction.tasks import TASKS
     from megatron_bert_tp.training.failures import Ending, telling
     from megatron_bert_tp.training.processes import build_mesh, choose_device, process_group
 
@@ -32,7 +33,8 @@ def main(arguments: list[str]) -> None:
         stack.enter_context(process_group(environment, device, PATIENCE))
         stack.enter_context(telling(Ending(environment)))
         mesh = build_mesh(environment, device, tensor=given.tensor, pipeline=1, ends=(0,), timeout=PATIENCE)
-        source = stack.enter_context(opened_source(given.input)) if environment.is_first else None
+        form = TASKS[given.task].form
+        source = stack.enter_context(opened_source(given.input, form)) if environment.is_first else None
         predictor = Predictor.open(
             given.model,
             given.task,

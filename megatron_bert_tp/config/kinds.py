@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Callable
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin
@@ -9,6 +10,9 @@ from typing import Literal, Union, get_args, get_origin
 from megatron_bert_tp.config.problems import listed
 
 _LARGEST_INTEGER = 2**63 - 1
+_THOUSANDS = re.compile(r"[-+]?[1-9][0-9]{0,2}(,[0-9]{3})+")
+_LEADING_ZEROS = re.compile(r"^([-+]?)0+(?=[0-9])")
+_DECIMAL_COMMA = re.compile(r"[-+]?[0-9]+,[0-9]+([eE][-+]?[0-9]+)?")
 
 
 class MismatchError(Exception):
@@ -63,7 +67,7 @@ def _integer(value: object) -> int:
     if isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_INTEGER:
         raise MismatchError("must be an integer", f"write {int(value)}")
     if isinstance(value, bool) or not isinstance(value, int):
-        raise MismatchError("must be an integer", _number_hint(value))
+        raise MismatchError("must be an integer", _integer_hint(value))
     if abs(value) > _LARGEST_INTEGER:
         raise MismatchError("must fit in 63 bits", "choose a smaller number")
     return value
@@ -78,10 +82,24 @@ def _number(value: object) -> float:
 
 
 def _number_hint(value: object) -> str | None:
-    """How to write what was probably meant: ``"12"``, ``012``, ``1_000``."""
+    """How to write what was meant: ``0,001``, or what `_integer_hint` knows.
+
+    A comma before three digits may part thousands or begin decimals: both ways are told.
+    """
+    if not isinstance(value, str) or not _DECIMAL_COMMA.fullmatch(value):
+        return _integer_hint(value)
+    decimal = _LEADING_ZEROS.sub(r"\1", value).replace(",", ".")
+    if not _THOUSANDS.fullmatch(value):
+        return f"write {decimal}, with a point"
+    return f"write {value.replace(',', '')} if the comma parts thousands, or {decimal} if decimals follow it"
+
+
+def _integer_hint(value: object) -> str | None:
+    """How to write what was meant: ``"12"``, ``012``, ``1_000``, ``1,000``, which no decimals can follow."""
     if not isinstance(value, str):
         return None
-    digits = value.replace("_", "").replace(",", "").lstrip("0")
+    parted = value.replace(",", "") if _THOUSANDS.fullmatch(value) else value
+    digits = parted.replace("_", "").lstrip("0")
     if digits.isascii() and digits.isdecimal() and len(digits) < 20:
         return f"write {digits}, without quotes, leading zeros or separators"
     return None

@@ -26,8 +26,7 @@ class Problem:
 
 def report(problems: Sequence[Problem], source: str) -> str:
     """Message that lists all problems of the settings read from ``source``."""
-    count = f"{len(problems)} problems" if len(problems) != 1 else "1 problem"
-    return "\n".join([f"{count} in the settings of {source}:", *map(str, problems)])
+    return "\n".join([f"{counted(len(problems), 'problem')} in the settings of {source}:", *map(str, problems)])
 
 
 def shown(value: object) -> str:
@@ -46,6 +45,11 @@ def listed(names: Sequence[object], last: str = "or") -> str:
     if len(words) < 2:
         return "".join(words)
     return f"{', '.join(words[:-1])} {last} {words[-1]}"
+
+
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """Words ``1 problem`` or ``1,200 problems``; ``several`` where it is not ``one`` and an s."""
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
 
 
 def _as_yaml(value: object) -> str:

@@ -35,6 +35,12 @@ _READ_FOR_KINDS: dict[str, tuple[Kind, ...]] = {
 _SPECIAL_TOKENS = 3  # [CLS] question [SEP] context [SEP]
 
 
+def is_read(path: str, name: str) -> bool:
+    """Whether the task ``name`` reads the setting ``path``."""
+    names, kinds = _READ_FOR_NAMES.get(path), _READ_FOR_KINDS.get(path)
+    return (names is None or name in names) and (kinds is None or TASKS[name].kind in kinds)
+
+
 def _is_read_for_names(path: str) -> Rule:
     """The rule that a setting of some tasks is not given for another."""
     readers = _READ_FOR_NAMES[path]

@@ -21,6 +21,14 @@ def default_of(kind: type, name: str) -> object:
     return default
 
 
+def is_read(path: str, *, name: str, precision: str) -> bool:
+    """Whether the update rule ``name`` reads the setting ``path`` where the number format is ``precision``."""
+    own = path.removeprefix("optimizer.")
+    if own.startswith("loss_scale."):
+        return precision == "float16"
+    return own not in _READ_BY or name in _READ_BY[own]
+
+
 def left_out(rule: str, name: str, *, unless: str) -> Broken:
     """What is told of a setting that nothing would read."""
     return Broken(rule, f"leave {name} out, or set {unless}")

@@ -10,6 +10,8 @@ import torch
 
 from megatron_bert_tp.checkpoint.durable import JSON
 from megatron_bert_tp.checkpoint.read import Checkpoint
+from megatron_bert_tp.config import task_kind_rules, update_rules
+from megatron_bert_tp.config.task_table import TASKS
 from megatron_bert_tp.formats.number_formats import dtype_of
 from megatron_bert_tp.formats.weights import ModelSource
 from megatron_bert_tp.model.shape import Head, ModelShape, tensor_shapes
@@ -27,8 +29,10 @@ _PIPELINES = {
     "MegatronBertForTokenClassification": "token-classification",
     "MegatronBertForQuestionAnswering": "question-answering",
 }  # no pipeline of transformers asks for the next sentence
-_LEARNED = ("task", "data", "objective", "optimizer")
-_PLACES = ("data.corpus", "data.tokenizer", "data.train", "data.validation", "data.test")
+_LEARNED = ("data.", "objective.", "optimizer.")
+_LEARNED_OF_TASK = ("model.", "task.", *_LEARNED)
+"""What a task sets of its model stands in no table of sizes."""
+_PLACES = ("model.weights", "data.corpus", "data.tokenizer", "data.train", "data.validation", "data.test")
 """Of these, only the name is anybody's business."""
 _PASSING = {"kind", "step", "seconds_left", "tokens_per_second", "is_best", "measured_on"}
 _WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
@@ -101,12 +105,26 @@ def _training(training: Training) -> Iterator[str]:
     if training.step == 0 and not training.settings:
         return
     yield f"## Training\n\nWritten by megatron_bert_tp after {training.step:,} optimizer steps."
-    learned = {path: _shown(path, value) for path, value in training.settings.items() if path.startswith(_LEARNED)}
+    learned = {path: _shown(path, value) for path, value in _used(training.settings)}
     if learned:
         yield _table("setting", learned)
     for kind, record in training.metrics.items():
         values = {name: value for name, value in record.items() if name not in _PASSING}
         yield f"Last {kind} on record, at step {record['step']}:\n\n{_table('metric', values)}"
+
+
+def _used(settings: Mapping[str, JSON]) -> Iterator[tuple[str, JSON]]:
+    """The settings that have decided what was learned, without those that this run does not read."""
+    task = settings.get("task.name")
+    rule, precision = (str(settings.get(f"optimizer.{name}")) for name in ("name", "precision"))
+    draws_none = settings.get("data.most_train") is None
+    for path, value in settings.items():
+        if path == "data.draw" and draws_none:
+            continue
+        is_learned = path.startswith(_LEARNED if task is None else _LEARNED_OF_TASK)
+        is_of_task = str(task) not in TASKS or task_kind_rules.is_read(path, str(task))
+        if is_learned and is_of_task and update_rules.is_read(path, name=rule, precision=precision):
+            yield path, value
 
 
 def _loading(shape: ModelShape, head: Head, *, has_tokenizer: bool) -> str:

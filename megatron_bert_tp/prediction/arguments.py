@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_bert_tp.config import task_table
+from megatron_bert_tp.config.problems import listed
 from megatron_bert_tp.errors import ConfigError, LayoutError
 
 TASKS = {
@@ -16,6 +18,15 @@ TASKS = {
     "multiple-choice": "the best of several choices",
     "features": "last hidden states of a text",
 }
+_OF_KINDS = {
+    task_table.Kind.CLASS: "classification",
+    task_table.Kind.CLASSES: "classification",
+    task_table.Kind.NUMBER: "classification",
+    task_table.Kind.CHOICE: "multiple-choice",
+    task_table.Kind.ANSWER: "question-answering",
+    task_table.Kind.TAGS: "ner",
+}
+"""The task that asks a model which has learned one of finetune's."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 _CLASSIFYING, _ANSWERING, _FEATURES = ("classification",), ("question-answering",), ("features",)
 _READ_BY = {
@@ -72,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory, checkpoint or run folder")
-    made.add_argument("--task", required=True, choices=TASKS, metavar="TASK", help="what to tell; see below")
+    made.add_argument("--task", type=_task, required=True, metavar="TASK", help="what to tell; see below")
     made.add_argument("--input", type=Path, metavar="FILE", help="file to read (default: standard input)")
     made.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: standard output)")
     made.add_argument("--batch", type=_natural, default=32, metavar="N", help="rows in one pass (default: 32)")
@@ -120,6 +131,17 @@ def _add_options_(made: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-answer-len", type=_natural, metavar="N", help="most tokens of an answer (default: 15)"
     )
+
+
+def _task(text: str) -> str:
+    if text in TASKS:
+        return text
+    if text in task_table.TASKS:
+        name = _OF_KINDS[task_table.TASKS[text].kind]
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is a task of finetune; what has learned it is asked with --task {name}"
+        )
+    raise argparse.ArgumentTypeError(f"{text!r} is no task; choose {listed(list(TASKS))}")
 
 
 def _natural(text: str) -> int:

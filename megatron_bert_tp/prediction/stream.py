@@ -14,8 +14,9 @@ from typing import BinaryIO
 from megatron_bert_tp.errors import ConfigError, DataError
 from megatron_bert_tp.prediction.answers import Record
 from megatron_bert_tp.prediction.predictor import Predictor, Question
-from megatron_bert_tp.prediction.samples import LONGEST_LINE
+from megatron_bert_tp.prediction.samples import LONGEST_LINE, LineFormat
 
+_TABLES = (".csv", ".tsv")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MOST_READ = LONGEST_LINE + len(_BYTE_ORDER_MARK) + len(b"\r\n") + 1
 """Bytes of a line after which it is too long, whatever of them is no content."""
@@ -82,8 +83,13 @@ def window_size(predictor: Predictor, source: BinaryIO) -> int:
 
 
 @contextmanager
-def opened_source(path: Path | None) -> Iterator[BinaryIO]:
-    """Context manager of the file to read, or of the standard input."""
+def opened_source(path: Path | None, form: LineFormat) -> Iterator[BinaryIO]:
+    """Context manager of the file to read, or of the standard input; DataError for the file of a table."""
+    if path is not None and path.suffix.lower() in _TABLES:
+        raise DataError(
+            f"{path}: a {path.suffix} file is a table with a header, but each line is a question; give {form}, "
+            "one a line, in a file with another ending, such as .txt or .jsonl"
+        )
     if path is None:
         if sys.stdin is None:
             raise ConfigError("the standard input is closed; give --input, or lines by a pipe")

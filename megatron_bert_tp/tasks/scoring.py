@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bert_tp.checkpoint.durable import JSON
+from megatron_bert_tp.config.problems import counted
 from megatron_bert_tp.config.task_schema import TaskConfig
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks import answers, submissions, tags
@@ -292,6 +293,6 @@ def _check_finite(examples: Sequence[Example], table: Table, outputs: Floats) ->
     example = examples[int(table.examples[row // table.rows_per_sample])]
     raise DataError(
         f"{example.place}: the model gives no finite number for the example {example.id!r}, and for "
-        f"{len(items) - 1} more of {len(outputs)} outputs; its weights are damaged or diverged in training: train "
-        "with a lower optimizer.learning_rate, or evaluate another checkpoint"
+        f"{len(items) - 1} more of {counted(len(outputs), 'output')}; its weights are damaged or diverged in "
+        "training: train with a lower optimizer.learning_rate, or evaluate another checkpoint"
     )

@@ -185,14 +185,15 @@ class Attribution:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AnomalyReport:
-    """All that is told of an anomaly; ``step`` counts from 1."""
+    """All that is told of an anomaly; ``step`` counts from 1, ``warmup_setting`` is the one that this run has."""
 
     step: int
     samples: range
     anomaly: Anomaly
     attribution: Attribution
+    warmup_setting: str
 
     @property
     def stops(self) -> bool:
@@ -252,8 +253,8 @@ class AnomalyReport:
         many = f", and {skipped} steps in a row were of no use (run.anomalies.most_skips)" if skipped > 1 else ""
         leave_out = "" if many else f", or leave such steps out with run.anomalies.{key}=skip"
         return (
-            f"{kept}{many}. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at these "
-            f"samples{leave_out}"
+            f"{kept}{many}. Lower optimizer.learning_rate, lengthen the warm-up ({self.warmup_setting}), or look "
+            f"at these samples{leave_out}"
         )
 
 

@@ -111,7 +111,12 @@ def build_trainer(
         objective,
         _steps(recipe, take, device, end=end),
         agreement=agreement,
-        pace=Pace(recipe.optimizer.steps, batch_size(recipe.optimizer), recipe.run.save_every),
+        pace=Pace(
+            steps=recipe.optimizer.steps,
+            batch=batch_size(recipe.optimizer),
+            save_every=recipe.run.save_every,
+            warmup_setting=recipe.warmup_setting,
+        ),
         steps_done=steps,
         samples_done=samples,
     )

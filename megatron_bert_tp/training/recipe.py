@@ -45,6 +45,13 @@ class Recipe:
         """Folder of the run."""
         return Path(self.run.directory)
 
+    @property
+    def warmup_setting(self) -> str:
+        """The setting by which whoever started this run says how long the rate warms up."""
+        if isinstance(self.given, TaskRun):
+            return "optimizer.warmup_share"
+        return f"optimizer.warmup_{self.optimizer.schedule_unit}"
+
 
 def pretraining_recipe(config: Config, fingerprints: tuple[str, ...] = ()) -> Recipe:
     """Recipe of a pretraining run, over corpora with these fingerprints."""

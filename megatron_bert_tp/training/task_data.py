@@ -8,6 +8,7 @@ from typing import cast
 
 import numpy as np
 
+from megatron_bert_tp.config.problems import counted
 from megatron_bert_tp.config.task_schema import TaskConfig, TaskRun
 from megatron_bert_tp.data.packing import Cutting
 from megatron_bert_tp.data.samples.sampler import SampleOrder
@@ -99,13 +100,13 @@ def open_task_data(config: TaskRun, *, verifies: bool, learns: bool, say: Say) -
     if training is not None and files.most_train is not None:
         training = _drawn(training, files.most_train, files.draw)
 
-    def part(examples: Sequence[Example] | None, name: str) -> TaskPart | None:
+    def part(examples: Sequence[Example] | None, name: Part) -> TaskPart | None:
         if examples is None:
             return None
         table = features_of(
             examples, encoder, config.task, labels=labels, sequence_length=files.sequence_length
         )
-        say("\n".join(_told(name, examples, table, files.sequence_length)))
+        say("\n".join(_told(name, examples, table, labels=labels, longest=files.sequence_length)))
         return TaskPart(tuple(examples), table)
 
     _check_weights_of_classes(config, labels)
@@ -172,8 +173,8 @@ def _check_weights_of_classes(config: TaskRun, labels: Labels | None) -> None:
     weights = config.task.class_weights
     if weights is not None and labels is not None and len(weights) != len(labels.names):
         raise ConfigError(
-            f"task.class_weights has {len(weights)} weights, but there are {len(labels.names)} classes: "
-            f"{', '.join(labels.names)}; give a weight for each, in this order"
+            f"task.class_weights has {counted(len(weights), 'weight')}, but there are {len(labels.names)} "
+            f"classes: {', '.join(labels.names)}; give a weight for each, in this order"
         )
 
 
@@ -198,11 +199,17 @@ def _drawn(examples: tuple[Example, ...], most: int, seed: int) -> tuple[Example
     return tuple(examples[place] for place in sorted(places.tolist()))
 
 
-def _told(name: str, examples: Sequence[Example], table: FeatureTable, longest: int) -> Iterator[str]:
-    many = "" if table.num_samples == len(examples) else f", {table.num_samples:,} samples"
-    yield f"{name}: {len(examples):,} examples{many}, {len(table.ids):,} tokens"
+def _told(
+    name: Part, examples: Sequence[Example], table: FeatureTable, *, labels: Labels | None, longest: int
+) -> Iterator[str]:
+    counts = [counted(len(examples), "example")]
+    if labels is not None and name == "training":
+        word = ("tag",) if table.kind is Kind.TAGS else ("class", "classes")
+        counts.append(counted(len(labels.names), *word))
+    if table.num_samples != len(examples):
+        counts.append(counted(table.num_samples, "sample"))
+    yield f"{name}: {', '.join(counts)}, {counted(len(table.ids), 'token')}"
     if table.truncated:
-        yield (
-            f"{name}: {table.truncated:,} samples are longer than data.sequence_length ({longest}) and lose "
-            "their last tokens"
-        )
+        longer = f"longer than data.sequence_length ({longest})"
+        lost = f"sample is {longer} and loses its last tokens", f"samples are {longer} and lose their last tokens"
+        yield f"{name}: {counted(table.truncated, *lost)}"

@@ -77,13 +77,14 @@ class Work:
     """Positions that were computed, padding included."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How long a run is, how large its steps are, and how often it saves."""
+    """How long a run is, how large its steps are, how often it saves, and which setting says how it warms up."""
 
     steps: int
     batch: BatchSize
     save_every: int
+    warmup_setting: str
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,13 @@ class Trainer:
         self._actions.enter(Kind.DIAGNOSIS, "looks for what is wrong with the step")
         attribution = Attribution(update.tensors) if update.anomaly.is_spike else self._attribution(update, task)
         samples = range(done.samples, done.samples + done.batch)
-        report = AnomalyReport(done.steps + 1, samples, update.anomaly, attribution)
+        report = AnomalyReport(
+            step=done.steps + 1,
+            samples=samples,
+            anomaly=update.anomaly,
+            attribution=attribution,
+            warmup_setting=self.pace.warmup_setting,
+        )
         self.on_anomaly(report)
         if report.stops:
             raise NotFiniteError(report.message)

@@ -244,6 +244,13 @@ def test_unknown_setting_like_no_other_lists_its_section(complaint: Complaint):
     [
         ({"optimizer.steps": "2e6"}, "write 2000000"),
         ({"model.vocab_size": "30_522"}, "write 30522"),
+        ({"model.vocab_size": "30,522"}, "write 30522, without"),
+        ({"model.vocab_size": "30,5"}, "-> choose entries of the vocabulary"),
+        ({"optimizer.learning_rate": "0,001"}, "write 0.001, with a point"),
+        ({"optimizer.learning_rate": "00,05"}, "write 0.05, with a point"),
+        ({"optimizer.learning_rate": "1,5e-3"}, "write 1.5e-3, with a point"),
+        ({"optimizer.clip_norm": "1,000"}, "write 1000 if the comma parts thousands, or 1.000 if decimals"),
+        ({"run.timeout_seconds": "1,000,000"}, "write 1000000, without"),
         ({"model.tie_word_embeddings": "yes"}, "write true"),
         ({"data.lowercase": "off"}, "write false"),
         ({"data.corpus": "2026"}, "put it in quotes: '2026'"),

@@ -129,6 +129,13 @@ def test_a_metric_that_this_data_does_not_have(message_of, files_of, tmp_path):
     assert "run.metric is 'accuracy_high'" in told
 
 
+def test_a_loss_that_is_not_finite_names_the_warm_up_of_a_task(message_of, files_of, tmp_path):
+    given = "optimizer.learning_rate=1e200", "optimizer.warmup_share=0", f"run.directory={tmp_path}/run"
+    code, told = message_of(FINETUNE, files_of(Kind.CLASS).settings, *given)
+    assert code == ExitCode.NOT_FINITE
+    assert "lengthen the warm-up (optimizer.warmup_share), or look at these samples" in told
+
+
 @pytest.mark.parametrize(("allowed", "code"), [(0.01, ExitCode.BAD_DATA), (0.5, ExitCode.FINISHED)])
 def test_answers_that_do_not_stand_at_their_place(message_of, files_of, tmp_path, allowed, code):
     files = files_of(Kind.ANSWER)

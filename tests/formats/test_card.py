@@ -7,9 +7,12 @@ import pytest
 import yaml
 from transformers import MegatronBertForPreTraining
 
+from megatron_bert_tp.config.dump import to_dict
+from megatron_bert_tp.config.load import load_task
 from megatron_bert_tp.formats.convert import from_huggingface, to_huggingface
 from megatron_bert_tp.model.shape import HEADS
 from tests.checkpoint.layouts import ODD, save
+from tests.config.conftest import VALID_TASK, rendered
 from tests.formats.test_tokenizer_files import UNCASED, vocabulary
 
 SETTINGS = {
@@ -82,6 +85,46 @@ def test_the_settings_and_the_step_of_the_training_are_told_but_no_paths(card):
     assert rows(card)["data.split"] == "[96.0, 4.0, 0.0]"
     assert rows(card)["data.corpus"] == "corpus, novels"
     assert "/home" not in card
+
+
+def card_of_task(folder: Path, *overrides: str, name: str = "classification") -> dict[str, str]:
+    """Cells of the card of a run on a task with settings as the package writes them."""
+    given = {"task.name": name, "model.weights": "/home/me/models/small", "data.train": "/home/me/train.csv"}
+    settings = folder / "settings.yaml"
+    settings.write_text(rendered({**VALID_TASK, **given}), encoding="utf-8")
+    save(folder / "run" / "checkpoints", ODD, 20, facts={"settings": to_dict(load_task(settings, overrides))})
+    to_huggingface(folder / "run", folder / "out")
+    text = (folder / "out" / "README.md").read_text(encoding="utf-8")
+    assert "/home" not in text
+    return rows(text)
+
+
+def test_the_card_of_a_task_tells_how_the_model_began_and_what_of_it_has_learned(tmp_path):
+    told = card_of_task(tmp_path, "model.random_weights=true", "model.frozen_layers=3")
+    assert {path: value for path, value in told.items() if path.startswith("model.")} == {
+        "model.weights": "small",
+        "model.random_weights": "true",
+        "model.hidden_dropout_prob": "null",
+        "model.attention_probs_dropout_prob": "null",
+        "model.frozen_layers": "3",
+    }
+    assert told["data.train"] == "train.csv"
+
+
+def test_the_card_of_a_task_leaves_out_what_the_run_has_not_read(tmp_path):
+    told = card_of_task(tmp_path)
+    unread = {"task.separator", "task.columns.choices", "task.overlap", "task.n_best", "task.scheme"}
+    unread |= {"data.draw", "optimizer.momentum", "optimizer.loss_scale.initial", "optimizer.loss_scale.minimum"}
+    assert unread.isdisjoint(told)
+    assert {"task.columns.text", "task.labels", "task.balanced", "optimizer.beta1"} <= told.keys()
+
+
+def test_the_card_of_a_task_tells_what_that_task_and_that_precision_read(tmp_path):
+    given = "optimizer.precision=float16", "optimizer.name=sgd", "task.overlap=32", "data.most_train=5"
+    told = card_of_task(tmp_path, *given, name="squad")
+    read = {"task.overlap", "task.n_best", "optimizer.loss_scale.initial", "optimizer.momentum", "data.draw"}
+    assert read <= told.keys()
+    assert {"task.columns.text", "task.labels", "task.class_weights", "optimizer.beta1"}.isdisjoint(told)
 
 
 def test_the_last_metrics_are_those_of_the_step_and_not_later_ones(card):

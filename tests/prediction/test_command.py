@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from megatron_bert_tp.config.command_line import run_command
+from megatron_bert_tp.config.task_table import TASKS as FINETUNED
 from megatron_bert_tp.errors import ExitCode
 from megatron_bert_tp.predict import main
 from megatron_bert_tp.prediction.arguments import parser
+from megatron_bert_tp.prediction.tasks import TASKS
 from tests.prediction.directories import ENTITIES, named, predict
 from tests.prediction.test_predictor import numbers_of, without_numbers
 from tests.prediction.texts import LONG, TEXTS
@@ -84,7 +87,8 @@ def test_no_line_is_no_answer(masked, tmp_path, capfd):
     ("arguments", "told"),
     [
         ("ner", "ner needs a MegatronBertForTokenClassification, and this is a MegatronBertForMaskedLM"),
-        ("nothing", "invalid choice: 'nothing'"),
+        ("nothing", "'nothing' is no task; choose fill-mask, next-sentence, classification, ner, "),
+        ("squad", "'squad' is a task of finetune; what has learned it is asked with --task question-answering"),
         ("fill-mask --pooling mean", "--pooling is for features, not for fill-mask; leave it out"),
         ("ner --top 3", "--top is for fill-mask, classification, question-answering, not for ner"),
         ("fill-mask --tensor 2", "--tensor is 2, but 1 process runs; start torchrun --nproc_per_node=2"),
@@ -100,6 +104,25 @@ def test_wrong_arguments_are_told(masked, capfd, arguments, told):
     error = capfd.readouterr().err
     assert told in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", sorted(FINETUNED.keys() - TASKS))
+def test_a_task_of_finetune_is_answered_with_the_task_of_the_same_class(name, capsys):
+    assert exit_code("model", "--task", name) == ExitCode.BAD_SETTINGS
+    (meant,) = re.findall(r"asked with --task (\S+)$", capsys.readouterr().err, flags=re.MULTILINE)
+    assert TASKS[meant].classes == (FINETUNED[name].architecture,)
+
+
+@pytest.mark.parametrize("name", ["lines.csv", "lines.TSV"])
+def test_a_table_is_refused_with_what_to_give(masked, tmp_path, capfd, name):
+    """Its header would be answered as a text."""
+    path = tmp_path / name
+    path.write_text("text,label\na [MASK],1\n", encoding="utf-8")
+    assert exit_code(masked, "--task", "fill-mask", "--input", path) == ExitCode.BAD_DATA
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert f"{path}: a {path.suffix} file is a table" in told.err
+    assert 'give a text or {"text": "..."}, one a line' in told.err
 
 
 def test_a_stride_beyond_the_window_is_told(directory_of, tmp_path, capfd):

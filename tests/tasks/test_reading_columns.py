@@ -199,9 +199,7 @@ def test_tags_that_the_scheme_does_not_allow_are_repaired_and_told(tmp_path):
     path = write(tmp_path / "train.conll", "Bo I-PER", "Lee I-PER", "", "Ed I-LOC")
     reading = read(task(NER, scheme="iob2"), path)
     assert [e.tags for e in reading.examples] == [("B-PER", "I-PER"), ("B-LOC",)]
-    assert reading.notes == (
-        f"{path}: 2 tags are not where IOB2 allows them; they were read as the CoNLL evaluation reads them",
-    )
+    assert reading.notes == (f"{path}: 2 tags are not where IOB2 allows it; read as the CoNLL evaluation does",)
 
 
 def test_words_alone_are_read_where_labels_are_not_needed(tmp_path):

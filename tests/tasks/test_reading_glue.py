@@ -154,7 +154,7 @@ def test_rows_of_mnli_without_a_gold_label_are_passed_over_and_told(tmp_path):
     path = write(tmp_path / "dev_matched.tsv", header, undecided, row)
     reading = read("mnli", path)
     assert [example.id for example in reading.examples] == ["4"]
-    assert reading.notes == (f"{path}: 1 of 2 rows have no label ('-') and were passed over",)
+    assert reading.notes == (f"{path}: 1 of 2 rows without a label ('-') passed over",)
     unlabelled = read("mnli", path, part="test").examples
     assert [example.label for example in unlabelled] == [None, "contradiction"]
 
@@ -162,7 +162,7 @@ def test_rows_of_mnli_without_a_gold_label_are_passed_over_and_told(tmp_path):
 def test_a_file_whose_rows_are_all_passed_over_is_refused_with_the_reason(tmp_path):
     header, row, _ = LAYOUTS["mnli"]
     path = write(tmp_path / "dev_matched.tsv", header, row.replace("contradiction", "-"))
-    told = f"{path}: has no example of the task; {path}: 1 of 1 rows have no label ('-') and were passed over;"
+    told = f"{path}: has no example of the task; {path}: 1 of 1 row without a label ('-') passed over;"
     assert refusal("mnli", path).startswith(told)
 
 

@@ -68,6 +68,10 @@ def test_empty_questions_and_options_are_kept_and_told(tmp_path):
     reading = read("race", tmp_path)
     assert [example.pairs[0][0] for example in reading.examples] == ["a", "Why?", "How? d"]
     assert reading.notes == (f"{tmp_path}: 2 questions empty or with an empty option, kept as they are",)
+    article(tmp_path / "1.txt", questions=["", "Why?", "How?"])
+    assert read("race", tmp_path).notes == (
+        f"{tmp_path}: 1 question empty or with an empty option, kept as it is",
+    )
 
 
 @pytest.mark.parametrize(("part", "count"), [("train", 1253), ("dev", 398)])
@@ -96,7 +100,7 @@ BAD = [
     ({"answers": ["A", "C", "A"]}, ", question 1: the answer 'C' is none of the 2 options, which are A, B"),
     ({"answers": ["A", "AB", "A"]}, ", question 1: the answer 'AB' is none of the 2 options"),
     ({"answers": ["A", "", "A"]}, ", question 1: the answer '' is none of the 2 options"),
-    ({"answers": ["A"]}, ": 1 answers beside 3 questions"),
+    ({"answers": ["A"]}, ": 1 answer beside 3 questions"),
     ({"options": [["a", "b"]]}, ": 'options' must have a list for each of 3 questions"),
     (
         {"options": [["a", "b"], ["a"], ["a", "b"]]},

@@ -89,7 +89,7 @@ def test_training_leaves_out_a_few_answers_that_do_not_stand_at_their_place_and_
         ("p", (Answer("Anna", 2),)),
     ]
     assert reading.notes == (
-        f"{path}: 2 of 4 answers do not stand at their answer_start: left out, and 1 questions that have no other "
+        f"{path}: 2 of 4 answers do not stand at their answer_start: left out, and 1 question that has no other "
         "passed over (questions b, p)",
     )
     # 2 of 4 is the most that 0.5 allows.
@@ -112,8 +112,17 @@ def test_what_is_measured_keeps_all_questions_and_the_texts_of_all_answers(part,
         ("p", (Answer("Anna", UNKNOWN_PLACE), Answer("Anna", 2)), True),
     ]
     assert reading.notes == (
-        f"{path}: 2 of 4 answers do not stand at their answer_start: their texts are kept to measure by, and 1 "
-        "questions that have no other have no part in the loss (questions b, p)",
+        f"{path}: 2 of 4 answers do not stand at their answer_start: kept, to measure by the text, and 1 "
+        "question that has no other left out of the loss (questions b, p)",
+    )
+
+
+def test_a_single_answer_and_a_single_question_are_told_as_such(tmp_path):
+    path = squad(tmp_path / "dev.json", GOOD, BAD, NONE)
+    assert read(task("squad", bad_answers=0.5, unanswerable=False), path).notes == (
+        f"{path}: 1 of 2 answers does not stand at its answer_start: left out, and 1 question that has no other "
+        "passed over (question b)",
+        f"{path}: 1 question without an answer passed over, by task.unanswerable",
     )
 
 
@@ -157,7 +166,7 @@ def test_a_question_without_text_is_kept_and_told(tmp_path):
     path = squad(tmp_path / "dev.json", GOOD, question("e", ("Anna", 2), question=" "))
     reading = read("squad", path)
     assert [e.question for e in reading.examples] == ["Who?", " "]
-    assert reading.notes == (f"{path}: 1 questions without text, kept as they are",)
+    assert reading.notes == (f"{path}: 1 question without text, kept as it is",)
 
 
 def test_several_files_are_groups(tmp_path):
@@ -200,7 +209,7 @@ def test_what_is_no_squad_is_refused_with_its_place(content, message, tmp_path):
         (question("x", (5, 2)), "question x: 'text' must be a text, but it is 5"),
         (
             question("x", ("Anna", 2), is_impossible=True),
-            "question x: is_impossible is true, but it has 1 answers",
+            "question x: is_impossible is true, but it has 1 answer",
         ),
         (
             question("x", ("Anna", 2), is_impossible="no"),

@@ -187,7 +187,7 @@ BAD = [
         "classification",
         ".csv",
         ["text,label", "a,x", "b"],
-        ":3: the row has 1 columns, but there must be 2 (text, label)",
+        ":3: the row has 1 column, but there must be 2 (text, label)",
     ),
     (
         "classification",

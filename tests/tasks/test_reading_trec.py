@@ -36,7 +36,7 @@ def test_a_byte_above_127_is_latin_1(tmp_path):
         ("Who was André ?", f"{path}:1"),
         ("When ?", f"{path}:3"),
     ]
-    assert reading.notes == (f"{path}: 1 blank lines passed over",)
+    assert reading.notes == (f"{path}: 1 blank line passed over",)
 
 
 def test_questions_without_classes_are_read_where_labels_are_not_needed(tmp_path):

@@ -102,6 +102,13 @@ def test_facts_that_are_no_history_are_refused(facts):
         NormHistory.from_facts(facts)
 
 
+@pytest.mark.parametrize("unit", ["steps", "samples"])
+def test_the_advice_names_the_warm_up_of_the_run(ranks, data, unit):
+    spoil = Spoil("output", f"{LAYER}.intermediate.dense")
+    (outcome,) = ranks.run(1, train_spoilt, data, RECIPE, Layout(), spoil, f"optimizer.schedule_unit={unit}")
+    assert f"lengthen the warm-up (optimizer.warmup_{unit}), or look at these samples" in outcome.error
+
+
 def assert_alike(outcomes: list[Outcome]) -> Outcome:
     """All ranks decide alike, tell alike, and count alike."""
     first = outcomes[0]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_bert_tp.config.problems import counted
 from megatron_bert_tp.config.task_schema import TaskConfig
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks.examples import Example, WordsExample
@@ -36,8 +37,8 @@ def read_columns(task: TaskConfig, sources: Sequence[Source]) -> Iterator[Exampl
         first_document += each[-1].document + 1
     if tally.num_repaired:
         yield Note(
-            f"{paths}: {tally.num_repaired} tags are not where {scheme.upper()} allows them; they were read as "
-            "the CoNLL evaluation reads them"
+            f"{paths}: {counted(tally.num_repaired, 'tag is', 'tags are')} not where {scheme.upper()} allows it; "
+            "read as the CoNLL evaluation does"
         )
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+from megatron_bert_tp.config.problems import counted
 from megatron_bert_tp.config.task_schema import TaskConfig
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks.examples import Example, TextExample
@@ -100,8 +101,8 @@ def read_glue(task: TaskConfig, source: Source) -> Iterator[Example | Note]:
         yield example
     if without_label:
         yield Note(
-            f"{source.path}: {without_label} of {num_rows} rows have no label ({layout.without_label!r}) and were "
-            "passed over"
+            f"{source.path}: {without_label:,} of {counted(num_rows, 'row')} without a label "
+            f"({layout.without_label!r}) passed over"
         )
     if half_empty:
         yield passed_over(half_empty, num_rows, source.path, "with one text empty kept as they are")

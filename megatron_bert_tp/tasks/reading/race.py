@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_bert_tp.config.problems import counted
 from megatron_bert_tp.config.task_schema import TaskConfig
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks.examples import ChoiceExample, Example
@@ -45,7 +46,12 @@ def read_race(_task: TaskConfig, source: Source) -> Iterator[Example | Note]:
                 label=question.answer,
             )
     if num_incomplete:
-        yield Note(f"{source.path}: {num_incomplete} questions empty or with an empty option, kept as they are")
+        told = counted(
+            num_incomplete,
+            "question empty or with an empty option, kept as it is",
+            "questions empty or with an empty option, kept as they are",
+        )
+        yield Note(f"{source.path}: {told}")
 
 
 def _files(source: Source) -> list[tuple[Path, str]]:
@@ -93,12 +99,13 @@ def _read(path: Path, *, is_labelled: bool) -> tuple[str, str, list[_Question]]:
 def _questions(values: Mapping[str, object], path: Path, *, is_labelled: bool) -> list[_Question]:
     texts, options = _texts(values, "questions", path), values.get("options")
     if not isinstance(options, list) or len(options) != len(texts):
-        raise DataError(f"{path}: 'options' must have a list for each of {len(texts)} questions")
+        raise DataError(f"{path}: 'options' must have a list for each of {counted(len(texts), 'question')}")
     answers: list[str] | None = None
     if is_labelled or values.get("answers") is not None:
         answers = _texts(values, "answers", path)
         if len(answers) != len(texts):
-            raise DataError(f"{path}: {len(answers)} answers beside {len(texts)} questions; fetch the file again")
+            told = f"{counted(len(answers), 'answer')} beside {counted(len(texts), 'question')}"
+            raise DataError(f"{path}: {told}; fetch the file again")
     found = []
     for number, (text, choices) in enumerate(zip(texts, options, strict=True)):
         place = f"{path}, question {number}"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_bert_tp.config.problems import counted
 from megatron_bert_tp.config.task_schema import TaskConfig
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks.examples import ChoiceExample, Example
@@ -87,6 +88,6 @@ def _check_choices(examples: Sequence[Example]) -> None:
         first = first or example
         if len(example.pairs) != len(first.pairs):
             raise DataError(
-                f"{example.place}: has {len(example.pairs)} choices, but {first.place} has {len(first.pairs)}; "
-                "all examples need the same number"
+                f"{example.place}: has {counted(len(example.pairs), 'choice')}, but {first.place} has "
+                f"{len(first.pairs)}; all examples need the same number"
             )

@@ -4,6 +4,7 @@ import csv
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from megatron_bert_tp.config.problems import counted
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks.reading.datasets_folder import folder_rows
 from megatron_bert_tp.tasks.reading.json_values import parse_json, shown
@@ -54,7 +55,7 @@ def tsv_rows(
     if damaged:
         yield passed_over(damaged, num_rows + len(damaged), path, "with too few columns passed over")
     if num_blank:
-        yield Note(f"{path}: {num_blank} blank lines passed over")
+        yield Note(f"{path}: {counted(num_blank, 'blank line')} passed over")
 
 
 def passed_over(damaged: Sequence[str], num_rows: int, path: Path, what: str) -> Note:
@@ -81,7 +82,7 @@ def _csv_rows(path: Path, wanted: Wanted) -> Iterator[Row | Note]:
         else:
             yield Row(place, _by_name(names, cells, place))
     if num_blank:
-        yield Note(f"{path}: {num_blank} blank lines passed over")
+        yield Note(f"{path}: {counted(num_blank, 'blank line')} passed over")
 
 
 def _next_record(reader: Iterator[list[str]], place: str) -> list[str] | None:
@@ -112,7 +113,7 @@ def _json_rows(path: Path, wanted: Wanted) -> Iterator[Row | Note]:
         wanted.check(list(values), f"{path}:{number}")
         yield Row(f"{path}:{number}", values)
     if num_blank:
-        yield Note(f"{path}: {num_blank} blank lines passed over")
+        yield Note(f"{path}: {counted(num_blank, 'blank line')} passed over")
 
 
 _READERS: dict[str, Callable[[Path, Wanted], Iterator[Row | Note]]] = {
@@ -135,7 +136,7 @@ def _checked_header(cells: Sequence[str] | None, wanted: Wanted, place: str) -> 
 def _by_name(names: Sequence[str], cells: Sequence[str], place: str) -> dict[str, object]:
     if len(cells) != len(names):
         raise DataError(
-            f"{place}: the row has {len(cells)} columns, but there must be {len(names)} ({', '.join(names)}); "
-            "mend the row"
+            f"{place}: the row has {counted(len(cells), 'column')}, but there must be {len(names)} "
+            f"({', '.join(names)}); mend the row"
         )
     return dict(zip(names, cells, strict=True))

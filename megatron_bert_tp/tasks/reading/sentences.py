@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_bert_tp.config.problems import counted
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks.reading.datasets_folder import folder_rows
 from megatron_bert_tp.tasks.reading.json_values import shown
@@ -98,7 +99,8 @@ def _of_folder(source: Source) -> Iterator[Sentence]:
             raise DataError(f"{row.place}: there are no tags; the column must be {' or '.join(map(repr, _TAGS))}")
         if tags is not None and len(tags) != len(words):
             raise DataError(
-                f"{row.place}: there are {len(tags)} tags for {len(words)} words; save the folder anew"
+                f"{row.place}: has {counted(len(tags), 'tag')} for {counted(len(words), 'word')}; save the folder "
+                "anew"
             )
         columns = [words] if tags is None else [words, tags]
         if words:

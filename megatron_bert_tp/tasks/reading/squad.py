@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from megatron_bert_tp.config.problems import counted
 from megatron_bert_tp.config.task_schema import TaskConfig
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks.examples import UNKNOWN_PLACE, Answer, AnswerExample, Example
@@ -15,7 +16,7 @@ from megatron_bert_tp.tasks.reading.parts import Note, Part, Source
 from megatron_bert_tp.tasks.reading.row import Row, Wanted
 
 _MOST_NAMED = 5
-_MEASURED = ("their texts are kept to measure by", "have no part in the loss")
+_MEASURED = ("kept, to measure by the text", "left out of the loss")
 _MENDED: dict[Part, tuple[str, str]] = {
     "training": ("left out", "passed over"),
     "validation": _MEASURED,
@@ -114,22 +115,29 @@ def _notes(tally: _Tally, task: TaskConfig, source: Source) -> list[Note]:
     notes, path = [], source.path
     if tally.bad:
         named = list(dict.fromkeys(tally.bad))
-        told = f"{len(tally.bad)} of {tally.num_answers} answers do not stand at their answer_start"
-        first = f"questions {', '.join(named[:_MOST_NAMED])}{', ...' * (len(named) > _MOST_NAMED)}"
+        verb = "does not stand at its" if len(tally.bad) == 1 else "do not stand at their"
+        told = f"{len(tally.bad):,} of {counted(tally.num_answers, 'answer')} {verb} answer_start"
+        more = ", ..." * (len(named) > _MOST_NAMED)
+        first = f"question{'s' * (len(named) > 1)} {', '.join(named[:_MOST_NAMED])}{more}"
         if len(tally.bad) > task.bad_answers * tally.num_answers:
             raise DataError(
                 f"{path}: {told} ({first}), more than task.bad_answers ({task.bad_answers}); mend the file, or "
                 "allow more"
             )
         kept, of_others = _MENDED[source.part]
-        others = f", and {tally.num_misplaced} questions that have no other {of_others}"
+        questions = counted(tally.num_misplaced, "question that has no other", "questions that have no other")
+        others = f", and {questions} {of_others}"
         notes.append(Note(f"{path}: {told}: {kept}{others * bool(tally.num_misplaced)} ({first})"))
     if tally.num_impossible:
         notes.append(
-            Note(f"{path}: {tally.num_impossible} questions without an answer passed over, by task.unanswerable")
+            Note(
+                f"{path}: {counted(tally.num_impossible, 'question')} without an answer passed over, by "
+                "task.unanswerable"
+            )
         )
     if tally.num_blank:
-        notes.append(Note(f"{path}: {tally.num_blank} questions without text, kept as they are"))
+        kept_so = "question without text, kept as it is", "questions without text, kept as they are"
+        notes.append(Note(f"{path}: {counted(tally.num_blank, *kept_so)}"))
     return notes
 
 
@@ -180,7 +188,8 @@ def _question(values: Mapping[str, object], context: str, path: Path, place: str
     if values.get("answers") is not None:
         answers = tuple(_answer(answer, place) for answer, _ in _items(values, "answers", place))
     if is_impossible and answers:
-        raise DataError(f"{place}: is_impossible is true, but it has {len(answers)} answers; mend the file")
+        found = counted(len(answers), "answer")
+        raise DataError(f"{place}: is_impossible is true, but it has {found}; mend the file")
     return _Question(place, name, _text(values, "question", place), context, is_impossible, answers)
 
 

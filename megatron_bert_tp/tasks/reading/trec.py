@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+from megatron_bert_tp.config.problems import counted
 from megatron_bert_tp.config.task_schema import TaskConfig
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks.examples import Example, TextExample
@@ -34,4 +35,4 @@ def read_trec(task: TaskConfig, source: Source) -> Iterator[Example | Note]:
         )
         number += 1
     if num_blank:
-        yield Note(f"{source.path}: {num_blank} blank lines passed over")
+        yield Note(f"{source.path}: {counted(num_blank, 'blank line')} passed over")
