@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from megatron_bert_tp.checkpoint.durable import read_object
+from megatron_bert_tp.config.problems import counted
 from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.formats.weights import RESULT
 from megatron_bert_tp.tasks.scoring import Scored
@@ -51,7 +52,7 @@ def write_part(directory: Path, name: str, scored: Scored) -> list[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, content)
     told = ", ".join(f"{metric} {value:.4f}" for metric, value in scored.metrics.items()) or "no labels"
-    return [f"{name}: {told}", f"{predictions}: {len(scored.predictions):,} predictions"]
+    return [f"{name}: {told}", f"{predictions}: {counted(len(scored.predictions), 'prediction')}"]
 
 
 def remove_parts(directory: Path, *, but: Collection[str]) -> None:
@@ -102,7 +103,7 @@ def write_summary(directory: Path, results: Mapping[int, Result]) -> None:
 
 def summary_lines(results: Mapping[int, Result]) -> list[str]:
     """A line for each metric of each part."""
-    of = "one seed" if len(results) == 1 else f"{len(results)} seeds"
+    of = counted(len(results), "seed")
     return [
         f"{part} {name}: median {row['median']:.4f} of {of}, {row['least']:.4f} to {row['most']:.4f}"
         for part, rows in spreads(list(results.values())).items()
