@@ -29,6 +29,13 @@ class Labels:
         """Number of a label that stands at ``place``; DataError when it is none of the names."""
         number = self._numbers.get(label)
         if number is None:
+            value = _value(label)
+            same = [name for name in self.names if value is not None and _value(name) == value]
+            if same:
+                raise DataError(
+                    f"{place}: the label {label!r} is the same number as the label {same[0]!r} of the task; write "
+                    "it in one way in all files"
+                )
             raise DataError(
                 f"{place}: the label {label!r} is none of the labels of the task; "
                 f"{suggestion(label, self.names)}; mend the file or set task.labels"

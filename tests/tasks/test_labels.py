@@ -50,6 +50,12 @@ def test_a_label_outside_the_set_is_refused_with_its_place(label, message):
     assert str(caught.value).startswith(message)
 
 
+def test_the_same_number_written_in_another_way_is_told():
+    with pytest.raises(DataError) as caught:
+        Labels(("0", "1")).number("1.0", "dev.csv:7")
+    assert "the label '1.0' is the same number as the label '1' of the task; write it in" in str(caught.value)
+
+
 def test_the_settings_come_before_the_task_and_the_task_before_the_data():
     assert names(task("classification", labels=("b", "a")), texts("a", "b", "c")) == ("b", "a")
     assert names(task("sst-2"), texts("positive")) == ("negative", "positive")

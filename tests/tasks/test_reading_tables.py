@@ -205,7 +205,18 @@ BAD = [
     ("classification", ".csv", ["text,label", '"a"b,y'], ":2: the row that begins here is no CSV ("),
     ("classification", ".csv", ["text,label", "a,x", " ,y"], ":3: 'text' is empty"),
     ("classification", ".csv", ["text,label", "a,x", "b,"], ":3: 'label' has no label"),
-    ("classification", ".tsv", ["text,label", "a,x"], ":1: the column 'text' is missing; "),
+    (
+        "classification",
+        ".tsv",
+        ["text,label", "a,x"],
+        ":1: the column 'text' is missing; there are 'text,label'; part the cells as the format wants, not by ','",
+    ),
+    (
+        "classification",
+        ".csv",
+        ["text;label", "a;x"],
+        ":1: the column 'text' is missing; there are 'text;label'; part the cells as the format wants, not by ';'",
+    ),
     ("classification", ".txt", ["text,label"], ": the name of a table must end in .csv, .tsv, .jsonl"),
     (
         "classification",

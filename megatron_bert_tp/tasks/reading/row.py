@@ -30,9 +30,15 @@ class Wanted:
         """DataError for the first of the needed columns that is not there, or is there twice."""
         for name in self.needed:
             if name not in there:
-                raise DataError(
-                    f"{place}: the column {name!r} is missing; {suggestion(name, there)}; {self.way_out}"
-                )
+                mark = _parted_by(there, name)
+                way_out = f"part the cells as the format wants, not by {mark!r}" if mark else self.way_out
+                raise DataError(f"{place}: the column {name!r} is missing; {suggestion(name, there)}; {way_out}")
         for name in (*self.needed, *self.optional):
             if there.count(name) > 1:
                 raise DataError(f"{place}: the column {name!r} is there twice; rename one of them")
+
+
+def _parted_by(there: Sequence[str], name: str) -> str | None:
+    """The character that parts the columns of a table which was read as one, ``name`` among them."""
+    only = there[0] if len(there) == 1 else ""
+    return next((mark for mark in ";\t,|" if mark in only and name in only.split(mark)), None)
