@@ -14,6 +14,8 @@ from megatron_bert_tp.formats.weights import open_encoder_weights
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "finetune"
 SAME = (
     "data.test=null",
+    "model.hidden_dropout_prob=0.1",
+    "model.attention_probs_dropout_prob=0.1",
     "optimizer.global_batch=32",
     "optimizer.warmup_share=0.1",
     "parallel.packing=packed",
@@ -30,7 +32,7 @@ class Trial:
     train: str
     validation: str
     sequence_length: int
-    learning_rate: str = "5e-4"
+    learning_rate: str = "3e-4"
     precision: str = "bfloat16"
     more: tuple[str, ...] = ()
 
@@ -47,7 +49,6 @@ TRIALS = {
         "squad/train-v1.1.first4370.json",
         "squad/xquad.en.json",
         192,
-        learning_rate="3e-4",
         more=("task.overlap=64",),
     ),
     "race": Trial("race.yaml", "race_layout/train", "race_layout/dev", 192),
