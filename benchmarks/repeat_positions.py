@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 NAME = "bert.embeddings.position_embeddings.weight"
@@ -32,7 +32,7 @@ def main() -> None:
         sys.exit(f"{file} is not there; `python -m megatron_bert_tp.convert to-hf RUN DIR` writes it")
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    tensors = load_file(file)
     positions = tensors[NAME]
     if not 3 <= given.trained <= len(positions):
         sys.exit(f"--trained {given.trained}: {NAME} has {len(positions)} rows; give 3 to {len(positions)}")

@@ -57,7 +57,7 @@ def test_a_corpus_may_move_but_not_change(data):
     moved = load_config(data, ["data.corpus=other/corpus"])
     assert changed_settings(facts_of(data), moved, ["a"]) == []
     (change,) = changed_settings(facts_of(data), load_config(data), ["b"])
-    assert change.endswith("has another content now")
+    assert change.endswith("gives other samples now")
     (change,) = changed_settings(facts_of(data), moved, ["b"])
     assert change.endswith("-> ['other/corpus']")
 
