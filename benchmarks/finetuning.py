@@ -1,7 +1,8 @@
 """What pretraining is worth: seven tasks, fine-tuned from weights and from random ones of the same sizes.
 
     python benchmarks/finetuning.py --weights DIR --data DIR --out RUNS --json FILE [--tasks NAME...]
-        [--only pretrained|random] [--examples 10000] [--epochs 3] [--seeds 1 2 3] [--processes 2] [--threads 1]
+        [--only pretrained|random] [--examples 10000] [--epochs 3] [--seeds 1 2 3] [--rate 3e-4] [--dropout 0.1]
+        [--processes 2] [--threads 1]
 
 ``--weights`` is anything that `model.weights` takes, ``--data`` has the folders that docs/results.md lists.  Each
 task is ``python -m megatron_bert_tp.finetune configs/finetune/<task>.yaml``, under torchrun with more processes,
@@ -67,6 +68,8 @@ def trainings_of(given: argparse.Namespace) -> list[Training]:
         examples=given.examples,
         epochs=given.epochs,
         seeds=tuple(given.seeds),
+        learning_rate=given.rate,
+        dropout=given.dropout,
         processes=given.processes,
         threads=given.threads,
         device=given.device,
@@ -90,6 +93,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=10_000, help="at most so many to learn from")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--rate", default="3e-4", help="learning rate after the warm-up (default 3e-4)")
+    parser.add_argument("--dropout", default="0.1", help="share of zeros in all layers (default 0.1)")
     parser.add_argument("--processes", type=int, default=2, help="replicas (default 2)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process (default 1)")
     parser.add_argument("--device", default="cpu", help="run.device (default cpu)")

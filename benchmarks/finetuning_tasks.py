@@ -13,9 +13,6 @@ from megatron_bert_tp.formats.weights import open_encoder_weights
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "finetune"
 SAME = (
-    "data.test=null",
-    "model.hidden_dropout_prob=0.1",
-    "model.attention_probs_dropout_prob=0.1",
     "optimizer.global_batch=32",
     "optimizer.warmup_share=0.1",
     "parallel.packing=packed",
@@ -32,7 +29,6 @@ class Trial:
     train: str
     validation: str
     sequence_length: int
-    learning_rate: str = "3e-4"
     precision: str = "bfloat16"
     more: tuple[str, ...] = ()
 
@@ -92,6 +88,8 @@ class Way:
     examples: int
     epochs: float
     seeds: tuple[int, ...]
+    learning_rate: str
+    dropout: str
     processes: int
     threads: int
     device: str
@@ -124,11 +122,14 @@ class Training:
     def learned(self) -> list[str]:
         """Overrides that decide what comes out."""
         return [
+            "data.test=null",
+            f"model.hidden_dropout_prob={self.way.dropout}",
+            f"model.attention_probs_dropout_prob={self.way.dropout}",
             *SAME,
             f"model.random_weights={SIDES[self.side]}",
             f"data.sequence_length={self.trial.sequence_length}",
             f"data.most_train={self.way.examples}",
-            f"optimizer.learning_rate={self.trial.learning_rate}",
+            f"optimizer.learning_rate={self.way.learning_rate}",
             f"optimizer.precision={self.trial.precision}",
             f"optimizer.epochs={self.way.epochs:g}",
             f"run.seeds=[{', '.join(map(str, self.way.seeds))}]",

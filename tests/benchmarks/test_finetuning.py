@@ -26,6 +26,8 @@ WAY = Way(
     examples=10_000,
     epochs=3.0,
     seeds=(1, 2, 3),
+    learning_rate="3e-4",
+    dropout="0.1",
     processes=2,
     threads=1,
     device="cpu",
@@ -52,12 +54,14 @@ def test_the_sides_differ_in_where_they_begin_alone(name):
 
 @pytest.mark.parametrize("name", TRIALS)
 def test_the_command_has_what_was_asked_for(name):
-    way = replace(WAY, examples=50, epochs=0.5, seeds=(7,), processes=1)
+    way = replace(WAY, examples=50, epochs=0.5, seeds=(7,), learning_rate="5e-4", dropout="0.0", processes=1)
     training = Training(name, "random", way)
     found = settings(training)
     assert found["data.most_train"] == 50
     assert found["optimizer.epochs"] == 0.5
     assert found["run.seeds"] == (7,)
+    assert found["optimizer.learning_rate"] == 5e-4
+    assert found["model.hidden_dropout_prob"] == found["model.attention_probs_dropout_prob"] == 0.0
     assert found["data.test"] is None
     assert found["run.directory"] == str(training.directory)
     assert "torch.distributed.run" not in training.command
@@ -74,7 +78,9 @@ def test_the_files_of_a_task_are_those_of_the_real_data(name):
 
 
 @pytest.mark.parametrize(
-    "change", [{"examples": 9}, {"epochs": 1.0}, {"seeds": (1, 2)}], ids=["examples", "epochs", "seeds"]
+    "change",
+    [{"examples": 9}, {"epochs": 1.0}, {"seeds": (1, 2)}, {"learning_rate": "1e-3"}, {"dropout": "0.0"}],
+    ids=lambda change: next(iter(change)),
 )
 def test_other_settings_have_another_folder(change):
     other = replace(WAY, **change)
