@@ -9,6 +9,7 @@ from pathlib import Path
 from finetuning_report import SIDES
 
 from megatron_bert_tp.checkpoint.directories import candidates
+from megatron_bert_tp.formats.task_folder import model_folder
 from megatron_bert_tp.formats.weights import open_encoder_weights
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "finetune"
@@ -64,13 +65,14 @@ class Start:
     @classmethod
     def at(cls, path: Path) -> "Start":
         """Read from a Hugging Face directory, a run or a checkpoint; an error of the package where it is none."""
+        given, path = path, model_folder(path)
         source = open_encoder_weights(path, verify=False)
         newest = next(iter(candidates(path / "checkpoints")), path)
         manifest = newest / "manifest.json"  # has the SHA-256 of the other files of a checkpoint
         weights = [manifest] if manifest.exists() else sorted(path.glob("*.safetensors"))
         tokenizer = [file.read_bytes() for _, file in sorted(source.tokenizer_files.items())]
         sizes = repr((asdict(source.shape), source.lowercase is not False)).encode()
-        return cls(path.resolve(), _sha256(file.read_bytes() for file in weights), _sha256([sizes, *tokenizer]))
+        return cls(given.resolve(), _sha256(file.read_bytes() for file in weights), _sha256([sizes, *tokenizer]))
 
 
 def _sha256(contents: Iterable[bytes]) -> str:

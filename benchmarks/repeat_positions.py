@@ -34,8 +34,8 @@ def main() -> None:
         metadata = opened.metadata()
     tensors = load_file(file)
     positions = tensors[NAME]
-    if not 3 <= given.trained <= len(positions):
-        sys.exit(f"--trained {given.trained}: {NAME} has {len(positions)} rows; give 3 to {len(positions)}")
+    if not 3 <= given.trained < len(positions):
+        sys.exit(f"--trained {given.trained}: {NAME} has {len(positions)} rows; give 3 to {len(positions) - 1}")
     tensors[NAME] = repeated(positions, given.trained)
     partial = file.with_name(f"{file.name}.partial")
     save_file(tensors, partial, metadata=metadata)

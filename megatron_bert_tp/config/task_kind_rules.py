@@ -41,28 +41,27 @@ def is_read(path: str, name: str) -> bool:
     return (names is None or name in names) and (kinds is None or TASKS[name].kind in kinds)
 
 
-def _is_read_for_names(path: str) -> Rule:
+def _names_fit(path: str) -> Rule:
     """The rule that a setting of some tasks is not given for another."""
     readers = _READ_FOR_NAMES[path]
 
     def check(value: object, name: str) -> Broken | None:
-        if name in readers or value == all_settings(TaskRun)[path].default:
+        if is_read(path, name) or value == all_settings(TaskRun)[path].default:
             return None
         return Broken(f"is read for {listed(readers, 'and')} alone, and task.name is {name}", f"leave {path} out")
 
     return Rule((path, "task.name"), check)
 
 
-def _is_read_for_kinds(path: str) -> Rule:
+def _kinds_fit(path: str) -> Rule:
     """The rule that a setting of some kinds of tasks is not given for another kind."""
     readers = _READ_FOR_KINDS[path]
 
     def check(value: object, name: str) -> Broken | None:
-        kind = TASKS[name].kind
-        if kind in readers or value == all_settings(TaskRun)[path].default:
+        if is_read(path, name) or value == all_settings(TaskRun)[path].default:
             return None
-        learned = listed([reader.value for reader in readers])
-        return Broken(f"is read where {learned} is learned, and {name} learns {kind.value}", f"leave {path} out")
+        learned, kind = listed([reader.value for reader in readers]), TASKS[name].kind.value
+        return Broken(f"is read where {learned} is learned, and {name} learns {kind}", f"leave {path} out")
 
     return Rule((path, "task.name"), check)
 
@@ -155,8 +154,8 @@ def _twice(names: Sequence[str]) -> list[str]:
 
 
 TASK_KIND_RULES: tuple[Rule, ...] = (
-    *map(_is_read_for_names, _READ_FOR_NAMES),
-    *map(_is_read_for_kinds, _READ_FOR_KINDS),
+    *map(_names_fit, _READ_FOR_NAMES),
+    *map(_kinds_fit, _READ_FOR_KINDS),
     Rule(("task.labels", "task.name"), _labels_differ),
     Rule(("task.labels", "task.name"), _labels_are_the_tasks),
     Rule(("task.labels", "task.name"), _labels_are_tags),

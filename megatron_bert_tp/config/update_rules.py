@@ -34,7 +34,7 @@ def left_out(rule: str, name: str, *, unless: str) -> Broken:
     return Broken(rule, f"leave {name} out, or set {unless}")
 
 
-def _is_read(name: str) -> Rule:
+def _is_for_rule(name: str) -> Rule:
     """The rule that a constant of some update rules is not given for another."""
 
     def check(value: object, rule: str) -> Broken | None:
@@ -126,7 +126,7 @@ def _apex_lamb_decays(fused: str, name: str, decay: float) -> Broken | None:
 
 
 UPDATE_RULES: tuple[Rule, ...] = (
-    *map(_is_read, _READ_BY),
+    *map(_is_for_rule, _READ_BY),
     *(_is_scaled(field.name) for field in fields(LossScaleConfig)),
     Rule(("optimizer.final_learning_rate", "optimizer.learning_rate"), _rate_decays),
     Rule(("optimizer.final_learning_rate", "optimizer.schedule"), _constant_has_no_end),

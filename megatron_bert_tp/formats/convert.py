@@ -17,7 +17,8 @@ from megatron_bert_tp.formats.card import card_of
 from megatron_bert_tp.formats.huggingface import HuggingFaceDirectory
 from megatron_bert_tp.formats.huggingface_writer import Counter, write_directory
 from megatron_bert_tp.formats.number_formats import converting
-from megatron_bert_tp.formats.weights import HUGGINGFACE, LOWERCASE, ModelSource, model_folder
+from megatron_bert_tp.formats.task_folder import model_folder
+from megatron_bert_tp.formats.weights import HUGGINGFACE, LOWERCASE, ModelSource
 from megatron_bert_tp.formats.work_folder import check_free
 from megatron_bert_tp.model.shape import tensor_shapes
 

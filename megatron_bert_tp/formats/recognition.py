@@ -9,6 +9,7 @@ from megatron_bert_tp.checkpoint.manifest import MANIFEST
 from megatron_bert_tp.errors import FormatError
 from megatron_bert_tp.formats.huggingface_config import CONFIG
 from megatron_bert_tp.formats.megatron.rank_files import FILE, TRACKER
+from megatron_bert_tp.formats.task_folder import seed_folders
 
 
 def is_huggingface(path: Path) -> bool:
@@ -44,9 +45,9 @@ def check_model(path: Path) -> None:
             f"{path}: there is no such folder; give a Hugging Face directory, a checkpoint or the folder of a run "
             "(names of a hub are not looked up)"
         )
-    seeds = sorted(path.glob(f"seed_*/model/{CONFIG}"))
+    seeds = seed_folders(path)
     if seeds and not is_huggingface(path) and not is_checkpoint(path):
-        raise FormatError(f"{path}: holds trainings of several seeds; give one of them, as {seeds[0].parents[1]}")
+        raise FormatError(f"{path}: holds trainings of several seeds; give one of them, as {seeds[0]}")
     if is_megatron(path) and not is_checkpoint(path):
         raise FormatError(f"{path}: this is a checkpoint of Megatron-LM; use convert from-ngc on it first")
 

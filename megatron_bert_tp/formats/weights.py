@@ -20,6 +20,7 @@ from megatron_bert_tp.errors import FormatError
 from megatron_bert_tp.formats.huggingface import HuggingFaceDirectory
 from megatron_bert_tp.formats.huggingface_config import CONFIG, read_config
 from megatron_bert_tp.formats.recognition import check_model as check_model_path
+from megatron_bert_tp.formats.task_folder import model_folder
 from megatron_bert_tp.formats.tokenizer_files import TOKENIZER_FILES, said_lowercase
 from megatron_bert_tp.model.shape import PRETRAINING, Head, ModelShape
 
@@ -27,14 +28,6 @@ LOWERCASE = "lowercase"
 """Fact of a checkpoint: whether its ``vocab.txt`` is uncased."""
 HUGGINGFACE = "huggingface"
 """Fact of a checkpoint: the keys of an imported config.json that its shape and class do not hold."""
-BEST, RESULT = "model", "result.json"
-"""In the folder of a run on a task: the export of its best checkpoint; and what came of it, written last."""
-
-
-def model_folder(path: Path) -> Path:
-    """The export of the best checkpoint where ``path`` is a finished run on a task, else ``path``."""
-    is_finished = (path / RESULT).is_file() and (path / BEST / CONFIG).is_file()
-    return path / BEST if is_finished else path
 
 
 @dataclass(frozen=True)
@@ -95,16 +88,22 @@ def _no_weights(name: str, offsets: tuple[int, ...], extent: tuple[int, ...]) ->
     raise AssertionError(f"{name}, {extent} from {offsets}, is read, but only sizes were asked for")
 
 
-def open_encoder_weights(path: Path, *, verify: bool, reads_weights: bool = True) -> ModelSource:
+def open_sizes(path: Path, *, verify: bool) -> ModelSource:
+    """Sizes and tokenizer of what `open_encoder_weights` takes; a Hugging Face directory needs no weights."""
+    check_model_path(path)
+    path = model_folder(path)
+    if (path / CONFIG).is_file():
+        return ModelSource.without_weights(path)
+    return open_encoder_weights(path, verify=verify)
+
+
+def open_encoder_weights(path: Path, *, verify: bool) -> ModelSource:
     """Model whose encoder a task begins with; only with ``verify`` is a checkpoint compared with its SHA-256.
 
-    Without ``reads_weights`` sizes and tokenizer are enough.  FormatError or CheckpointError when the path holds
-    none.
+    FormatError or CheckpointError when the path holds none.
     """
     check_model_path(path)
     path = model_folder(path)
-    if not reads_weights and (path / CONFIG).is_file():
-        return ModelSource.without_weights(path)
     if verify or (path / CONFIG).is_file():
         return ModelSource.open(path)
     return ModelSource.of_checkpoint(Checkpoint.open(path))

@@ -34,7 +34,7 @@ class Labels:
             if same:
                 raise DataError(
                     f"{place}: the label {label!r} is the same number as the label {same[0]!r} of the task; write "
-                    "it in one way in all files"
+                    "it in one way, in all files and in task.labels"
                 )
             raise DataError(
                 f"{place}: the label {label!r} is none of the labels of the task; "

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.task_schema import TaskRun
 from megatron_bert_tp.errors import ConfigError
-from megatron_bert_tp.formats.weights import RESULT
+from megatron_bert_tp.formats.task_folder import RESULT, seed_folders
 from megatron_bert_tp.reliability.actions import Kind
 from megatron_bert_tp.training.build import build_pipeline
 from megatron_bert_tp.training.failures import together
@@ -54,13 +54,15 @@ def evaluate(config: TaskRun, environment: LaunchEnvironment) -> None:
                     within.say("\n".join(write_part(Path(config.run.directory), name, found)))
         with together(within.agreement):
             if within.is_first:
-                remove_parts(Path(config.run.directory), but=metrics)
-                write_metrics(Path(config.run.directory), metrics)
+                directory = Path(config.run.directory)
+                for line in remove_parts(directory, but=metrics):
+                    within.say(line)
+                write_metrics(directory, metrics)
         within.tell_end(actions)
 
 
 def _check_free(directory: Path) -> None:
-    if (directory / CHECKPOINTS).exists() or (directory / RESULT).exists():
+    if (directory / CHECKPOINTS).exists() or (directory / RESULT).exists() or seed_folders(directory):
         raise ConfigError(
             f"run.directory = {directory} holds a training, whose predictions and metrics would be replaced; give "
             "another folder, such as run.directory=runs/evaluation"

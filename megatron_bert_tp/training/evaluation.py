@@ -33,6 +33,9 @@ class Evaluation(Protocol):
     def is_due(self, steps_done: int) -> bool:
         """Whether there is one after so many steps."""
 
+    def counts(self, record: Record) -> bool:
+        """Whether an evaluation on record is as this one would be."""
+
     def measure(self, trainer: Trainer) -> Measured:
         """Measure the weights as they are; every rank calls it."""
 
@@ -56,6 +59,10 @@ class HeldOut:
         if self._texts.validation is None:
             return False
         return steps_done % self._every == 0 or steps_done == self._last_step
+
+    def counts(self, _record: Record) -> bool:
+        """Always: the held-out part is that of the training data, which stay the same."""
+        return True
 
     def measure(self, trainer: Trainer) -> Measured:
         """Losses, and after the last step also what word frequencies alone would get."""

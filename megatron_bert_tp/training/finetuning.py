@@ -13,7 +13,7 @@ from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.config.task_schema import TaskRun
 from megatron_bert_tp.errors import ConfigError
 from megatron_bert_tp.formats.convert import to_huggingface
-from megatron_bert_tp.formats.weights import BEST, RESULT
+from megatron_bert_tp.formats.task_folder import BEST_MODEL, EVALUATED, RESULT, seed_folder, seed_folders
 from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.reliability.actions import Actions, Kind
 from megatron_bert_tp.tasks.batches import TaskBatches
@@ -94,7 +94,7 @@ class _Tuning:
             return result or Result(seed, 0, metric_of(config), {}, {})
         recipe = task_recipe(config, self.data)
         trainer, best = self._train(config, recipe)
-        self.within.stop_if_asked(f"before the export to {directory / BEST}")
+        self.within.stop_if_asked(f"before the export to {directory / BEST_MODEL}")
         with together(agreement):
             if self.within.is_first:
                 (directory / RESULT).unlink(missing_ok=True)
@@ -104,7 +104,7 @@ class _Tuning:
     def _config_of(self, seed: int) -> TaskRun:
         """Settings of one seed, in a folder of its own where there are several."""
         run = self.config.run
-        folder = run.directory if run.seeds is None else str(Path(run.directory) / f"seed_{seed}")
+        folder = run.directory if run.seeds is None else str(seed_folder(Path(run.directory), seed))
         return replace(
             self.config,
             optimizer=replace(self.config.optimizer, seed=seed),
@@ -151,14 +151,16 @@ class _Tuning:
             lines=TaskLines(config.optimizer.precision == "float16"),
             keeps=evaluation.best_step,
         ).run(self.within, self.actions)
+        best_step = evaluation.best_step
         if evaluation.is_over and trainer.steps_done < recipe.optimizer.steps:
+            since = "has been saved" if best_step is None else f"since step {best_step} was better"
             self.within.say(
                 f"ends after step {trainer.steps_done} of {recipe.optimizer.steps}: run.patience = "
-                f"{config.run.patience}, and nothing since step {evaluation.best_step} was better"
+                f"{config.run.patience}, and nothing {since}"
             )
-        best_step = evaluation.best_step or trainer.steps_done
-        best = step_directory(recipe.directory / CHECKPOINTS, best_step)
-        is_old = begin.checkpoint is not None and begin.checkpoint.step == best_step and not best.exists()
+        step = best_step or trainer.steps_done
+        best = step_directory(recipe.directory / CHECKPOINTS, step)
+        is_old = begin.checkpoint is not None and begin.checkpoint.step == step and not best.exists()
         return trainer, begin.checkpoint.directory if is_old and begin.checkpoint else best
 
     def _evaluation(self, config: TaskRun, recipe: Recipe, trainer: Trainer) -> TaskEvaluation | NoEvaluation:
@@ -191,8 +193,8 @@ class _Tuning:
         self.actions.enter(Kind.SAVING, f"exports {best}")
         with together(agreement):
             if self.within.is_first:
-                _export(best, directory / BEST)
-                self.within.say(f"{directory / BEST}: Hugging Face directory of step {checkpoint.step}")
+                _export(best, directory / BEST_MODEL)
+                self.within.say(f"{directory / BEST_MODEL}: Hugging Face directory of step {checkpoint.step}")
         with together(agreement):
             if checkpoint.step != trainer.steps_done:
                 load_parts_(trainer.chunks.parts(), checkpoint.weight)
@@ -207,7 +209,8 @@ class _Tuning:
         result = Result(seed, checkpoint.step, metric_of(config), metrics, fingerprints)
         with together(agreement):
             if self.within.is_first:
-                remove_parts(directory, but=metrics)
+                for line in remove_parts(directory, but=metrics):
+                    self.within.say(line)
                 write_result(directory, result)
         return result
 
@@ -239,16 +242,22 @@ def _export(verified_checkpoint: Path, out: Path) -> None:
 
 
 def _check_folder(config: TaskRun) -> None:
-    """ConfigError where the folder is that of one training and this are several, or the other way round."""
+    """ConfigError where the folder is that of something else: one training, several ones, an evaluation."""
     directory, seeds = Path(config.run.directory), config.run.seeds
-    if seeds is not None and ((directory / CHECKPOINTS).exists() or (directory / RESULT).exists()):
+    is_training = (directory / CHECKPOINTS).exists() or (directory / RESULT).exists()
+    if seeds is not None and is_training:
         raise ConfigError(
             f"run.seeds: run.directory = {directory} holds a training without run.seeds; give another folder, or "
             "leave run.seeds out"
         )
-    if seeds is None and any(directory.glob("seed_*/")):
+    if seeds is None and seed_folders(directory):
         raise ConfigError(
             f"run.directory = {directory} holds trainings of run.seeds; give another folder, or that of one seed"
+        )
+    if (directory / EVALUATED).exists() and not is_training:
+        raise ConfigError(
+            f"run.directory = {directory} holds what `evaluate` has measured, which would be replaced; give "
+            "another folder"
         )
 
 

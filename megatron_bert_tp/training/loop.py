@@ -42,7 +42,7 @@ class Loop:
         StoppedError, on all ranks after the same step and with that step saved, where any rank was asked to stop.
         """
         trainer = self._trainer
-        if self._is_evaluated and self._directory.lacks_evaluation(trainer.steps_done):
+        if self._is_evaluated and self._directory.lacks_evaluation(trainer.steps_done, self._evaluation.counts):
             self._evaluate()
         while not self.is_over:
             self._step()

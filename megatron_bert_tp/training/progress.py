@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +27,8 @@ from megatron_bert_tp.errors import TrainingError
 Record = Mapping[str, float | int | str]
 METRICS = "metrics.jsonl"
 """File of the folder of a run."""
+EVALUATION = "evaluation"
+"""Kind of a record, beside ``step``."""
 
 
 class MetricsFile:
@@ -153,10 +155,10 @@ class Reporter(AbstractContextManager["Reporter"]):
             # Or Python complains again of what it could not write, at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def lacks_evaluation(self, steps_done: int) -> bool:
-        """Whether metrics.jsonl ends with step ``steps_done`` and has no evaluation of it."""
-        kinds = {record["kind"] for record in self._metrics.earlier if record["step"] == steps_done}
-        return kinds == {"step"}
+    def lacks_evaluation(self, steps_done: int, counts: Callable[[Record], bool]) -> bool:
+        """Whether metrics.jsonl ends with step ``steps_done`` and has no evaluation of it that ``counts``."""
+        records = [record for record in self._metrics.earlier if record["step"] == steps_done]
+        return bool(records) and not any(record["kind"] == EVALUATION and counts(record) for record in records)
 
     def step(self, record: Record) -> None:
         """Report one optimizer step."""
@@ -168,7 +170,7 @@ class Reporter(AbstractContextManager["Reporter"]):
 
     def evaluation(self, record: Record) -> None:
         """Report one evaluation."""
-        self._metrics.write({"kind": "evaluation", **record})
+        self._metrics.write({"kind": EVALUATION, **record})
         self.say(self._lines.evaluation(record))
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -78,9 +78,9 @@ class RunDirectory:
         if not report.stops:
             self.say(report.message)
 
-    def lacks_evaluation(self, steps_done: int) -> bool:
-        """Whether a run of this folder was ended between a step and its evaluation; every rank must ask."""
-        lacks = self._reporter is not None and self._reporter.lacks_evaluation(steps_done)
+    def lacks_evaluation(self, steps_done: int, counts: Callable[[Record], bool]) -> bool:
+        """Whether a step of this folder has no evaluation on record that ``counts``; every rank must ask."""
+        lacks = self._reporter is not None and self._reporter.lacks_evaluation(steps_done, counts)
         return bool(self._agreement.maximum([lacks])[0])
 
     def report_evaluation(self, record: Record) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +14,8 @@ from megatron_bert_tp.config.task_schema import TaskConfig, TaskRun
 from megatron_bert_tp.data.packing import Cutting
 from megatron_bert_tp.data.samples.sampler import SampleOrder
 from megatron_bert_tp.errors import ConfigError, DataError
-from megatron_bert_tp.formats.weights import ModelSource, model_folder, open_encoder_weights
+from megatron_bert_tp.formats.task_folder import model_folder
+from megatron_bert_tp.formats.weights import ModelSource, open_encoder_weights, open_sizes
 from megatron_bert_tp.parallel.mesh import Axis
 from megatron_bert_tp.tasks.batches import TaskBatches
 from megatron_bert_tp.tasks.examples import AnswerExample, Example
@@ -66,12 +68,21 @@ class TaskData:
         known = [example for part in parts if part for example in part.examples]
         return replace(given, unanswerable=may_be_unanswerable(given, known))
 
-    @property
+    @cached_property
     def fingerprints(self) -> dict[str, str]:
         """What tells the weights and each part from others, by their settings."""
         parts = {"data.train": self.training, "data.validation": self.validation, "data.test": self.test}
         told = {path: fingerprint(part, self.labels) for path, part in parts.items() if part is not None}
         return {"model.weights": self.start, **told}
+
+    @cached_property
+    def measured_on(self) -> str:
+        """What tells the validation part from others on which other metrics would come out; empty without one."""
+        if self.validation is None:
+            return ""
+        # By the ids only predictions are called.
+        nameless = tuple(replace(example, id="") for example in self.validation.examples)
+        return fingerprint(replace(self.validation, examples=nameless), self.labels)
 
     @property
     def num_outputs(self) -> int:
@@ -91,7 +102,7 @@ def open_task_data(config: TaskRun, *, verifies: bool, learns: bool, say: Say) -
     check_libraries(TASKS[config.task.name].kind)
     path = model_folder(Path(config.model.weights))
     is_random = learns and config.model.random_weights
-    source = open_encoder_weights(path, verify=verifies and not is_random, reads_weights=not is_random)
+    source = (open_sizes if is_random else open_encoder_weights)(path, verify=verifies)
     check_start(config, source, path)
     encoder = open_encoder(source, path)
     files = config.data
@@ -204,8 +215,8 @@ def _told(
 ) -> Iterator[str]:
     counts = [counted(len(examples), "example")]
     if labels is not None and name == "training":
-        word = ("tag",) if table.kind is Kind.TAGS else ("class", "classes")
-        counts.append(counted(len(labels.names), *word))
+        named = ("tag", "tags") if table.kind is Kind.TAGS else ("class", "classes")
+        counts.append(counted(len(labels.names), *named))
     if table.num_samples != len(examples):
         counts.append(counted(table.num_samples, "sample"))
     yield f"{name}: {', '.join(counts)}, {counted(len(table.ids), 'token')}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_bert_tp.checkpoint.directories import step_directory
 from megatron_bert_tp.checkpoint.manifest import MANIFEST
+from megatron_bert_tp.config.problems import counted
 from megatron_bert_tp.config.task_schema import TaskRun
 from megatron_bert_tp.errors import ConfigError
 from megatron_bert_tp.parallel.agreement import Agreement
@@ -25,7 +26,7 @@ THRESHOLD = "best_threshold"
 """Metric of questions without answers: what the odds of no answer are compared with on the test part."""
 BEST = "is_best"
 """Key of a record of metrics.jsonl: 1 where it was better than all before."""
-VALIDATION, MEASURED_ON = "data.validation", "measured_on"
+MEASURED_ON = "measured_on"
 """Key of a record with the fingerprint of the samples: values of others are not compared."""
 
 
@@ -85,6 +86,10 @@ class TaskEvaluation:
         """Whether there is one after so many steps."""
         return steps_done % self._every == 0 or steps_done == self._last_step
 
+    def counts(self, record: Record) -> bool:
+        """Whether an evaluation on record is of the same samples, by the same metric."""
+        return _counts(record, self._config, self._data)
+
     def measure(self, trainer: Trainer) -> Measured:
         """Loss and metrics of the weights as they are; the metrics are on the first rank alone."""
         outputs, losses = outputs_of(trainer.pipeline, self._part.table, self._batches, trainer.objective)
@@ -95,7 +100,7 @@ class TaskEvaluation:
         is_best = self.standing.step == trainer.steps_done
         loss = {} if losses is None else {"loss": losses.loss}
         record: Record = {"step": trainer.steps_done, **loss, **metrics, BEST: int(is_best)}
-        return Measured({**record, MEASURED_ON: self._data.fingerprints[VALIDATION]}, is_best)
+        return Measured({**record, MEASURED_ON: self._data.measured_on}, is_best)
 
     def settle(self, *, is_saved: bool) -> None:
         """Without a checkpoint the best one is that before."""
@@ -148,18 +153,22 @@ def standing_of(
     standing = Standing()
     with together(agreement):
         if agreement.rank == 0:
-            metric, samples = metric_of(config), data.fingerprints.get(VALIDATION)
             before = _evaluations(directory, steps_done)
-            records = [record for record in before if record[MEASURED_ON] == samples and metric in record]
-            if len(records) < len(before):
+            records = [record for record in before if _counts(record, config, data)]
+            if others := len(before) - len(records):
                 say(
-                    f"{directory}: {len(before) - len(records)} of {len(before)} evaluations on record do not "
-                    "count, since data.validation or run.metric was another"
+                    f"{directory}: {others} of {counted(len(before), 'evaluation')} on record left out, since "
+                    "data.validation, the labels or run.metric were others; the best model is sought among the "
+                    f"rest, and from step {steps_done} on"
                 )
-            standing = _of_records(records, metric, directory / CHECKPOINTS)
+            standing = _of_records(records, metric_of(config), directory / CHECKPOINTS)
     value = float("nan") if standing.value is None else standing.value
     step, value, worse = agreement.gathered([standing.step, value, standing.worse_since])[0]
     return Standing(int(step), None if value != value else value, int(worse))
+
+
+def _counts(record: Record, config: TaskRun, data: TaskData) -> bool:
+    return record.get(MEASURED_ON) == data.measured_on and metric_of(config) in record
 
 
 def _evaluations(directory: Path, steps_done: int) -> list[Record]:
@@ -187,6 +196,10 @@ class NoEvaluation:
 
     def is_due(self, _steps_done: int) -> bool:
         """Never."""
+        return False
+
+    def counts(self, _record: Record) -> bool:
+        """Nobody asks."""
         return False
 
     def settle(self, *, is_saved: bool) -> None:

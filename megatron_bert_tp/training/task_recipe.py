@@ -12,7 +12,8 @@ from megatron_bert_tp.checkpoint.model import ARCHITECTURE
 from megatron_bert_tp.config.schema import OptimizerConfig, UpdateConfig
 from megatron_bert_tp.config.task_schema import TaskOptimizerConfig, TaskRun
 from megatron_bert_tp.formats.huggingface_config import LABELS
-from megatron_bert_tp.formats.weights import HUGGINGFACE, model_folder
+from megatron_bert_tp.formats.task_folder import model_folder
+from megatron_bert_tp.formats.weights import HUGGINGFACE
 from megatron_bert_tp.model.shape import HEADS, Head, ModelShape
 from megatron_bert_tp.objectives.label_losses import CrossEntropy
 from megatron_bert_tp.objectives.tasks import TaskObjective, terms_of

@@ -11,7 +11,7 @@ from statistics import median
 from megatron_bert_tp.checkpoint.durable import read_object
 from megatron_bert_tp.config.problems import counted
 from megatron_bert_tp.errors import DataError
-from megatron_bert_tp.formats.weights import RESULT
+from megatron_bert_tp.formats.task_folder import EVALUATED, RESULT
 from megatron_bert_tp.tasks.scoring import Scored
 
 SUMMARY = "summary.json"
@@ -31,11 +31,6 @@ class Result:
     fingerprints: Mapping[str, str]
     """What tells weights and data from others, by their settings."""
 
-    @property
-    def value(self) -> float | None:
-        """The metric by which the best checkpoint was kept; None where nothing was measured."""
-        return self.metrics.get("validation", {}).get(self.metric)
-
 
 def write_part(directory: Path, name: str, scored: Scored) -> list[str]:
     """Write predictions and files for benchmarks of the part ``name``; gives lines to tell.
@@ -44,7 +39,8 @@ def write_part(directory: Path, name: str, scored: Scored) -> list[str]:
     in the layout of the task's own benchmark.
     """
     predictions, submission = _files_of_part(directory, name)
-    shutil.rmtree(submission, ignore_errors=True)
+    if submission.exists():
+        shutil.rmtree(submission)
     lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in scored.predictions)
     _replace(predictions, "".join(lines))
     for file, content in scored.submissions.items():
@@ -55,12 +51,18 @@ def write_part(directory: Path, name: str, scored: Scored) -> list[str]:
     return [f"{name}: {told}", f"{predictions}: {counted(len(scored.predictions), 'prediction')}"]
 
 
-def remove_parts(directory: Path, *, but: Collection[str]) -> None:
-    """Remove what an earlier start has written of other parts: it is of another model."""
-    for name in set(PARTS) - set(but):
+def remove_parts(directory: Path, *, but: Collection[str]) -> list[str]:
+    """Remove what an earlier start has written of parts that no result tells of any more; gives lines to tell."""
+    told = []
+    for name in PARTS:
         predictions, submission = _files_of_part(directory, name)
-        predictions.unlink(missing_ok=True)
-        shutil.rmtree(submission, ignore_errors=True)
+        if name in but or not predictions.exists():
+            continue
+        if submission.exists():
+            shutil.rmtree(submission)
+        predictions.unlink()
+        told.append(f"{predictions}: removed, with its submission: the {name} part is measured no longer")
+    return told
 
 
 def _files_of_part(directory: Path, name: str) -> tuple[Path, Path]:
@@ -89,7 +91,7 @@ def read_result(directory: Path) -> Result:
 
 def write_metrics(directory: Path, metrics: Mapping[str, Metrics]) -> None:
     """Write ``metrics.json``: the metrics of an evaluation, by the name of the part."""
-    _replace(directory / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    _replace(directory / EVALUATED, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
 
 def write_summary(directory: Path, results: Mapping[int, Result]) -> None:

@@ -13,10 +13,13 @@ import pytest
 from finetuning import Stop
 from finetuning_report import SIDES, add_row, comparison, read_rows, result_of
 from finetuning_tasks import TRIALS, Start, Training, Way
+from safetensors.torch import load_file, save_file
 
 from megatron_bert_tp.config.dump import flat
 from megatron_bert_tp.config.load import load_task
 from megatron_bert_tp.errors import ExitCode
+from megatron_bert_tp.formats.task_folder import BEST_MODEL, RESULT
+from tests.finetuning.cases import write_model
 from tests.sources import real_data
 
 WAY = Way(
@@ -101,6 +104,26 @@ def test_other_weights_matter_to_the_pretrained_side_alone():
 def test_other_sizes_matter_to_the_random_side():
     other = replace(WAY, start=replace(WAY.start, sizes="x"))
     assert Training("trec", "random", other).key != Training("trec", "random", WAY).key
+
+
+def test_a_start_is_known_by_the_weights_that_training_takes(tmp_path):
+    """Of a finished run on a task that is its best model; other weights have the same sizes."""
+    first, second = (write_finished_run(tmp_path / name, bias) for name, bias in (("a", 0.0), ("b", 1.0)))
+    assert Start.at(first).weights == Start.at(first / BEST_MODEL).weights
+    assert Start.at(first).weights != Start.at(second).weights
+    assert Start.at(first).sizes == Start.at(second).sizes
+    assert Start.at(first).path == first
+
+
+def write_finished_run(directory: Path, bias: float) -> Path:
+    """What is left of a run whose checkpoints were removed."""
+    (directory / BEST_MODEL).mkdir(parents=True)
+    write_model(directory / BEST_MODEL)
+    (directory / RESULT).write_text("{}")
+    weights = load_file(directory / BEST_MODEL / "model.safetensors")
+    weights["bert.embeddings.position_embeddings.weight"] += bias
+    save_file(weights, directory / BEST_MODEL / "model.safetensors", metadata={"format": "pt"})
+    return directory
 
 
 # Rows

@@ -146,8 +146,27 @@ def test_evaluations_that_do_not_count_are_told(ranks, files_of, passed, tmp_pat
     few = tmp_path / "few.tsv"
     few.write_text("".join(files.validation.read_text(encoding="utf-8").splitlines(keepends=True)[:6]))
     told = told_by(ranks, files.settings, again, *given, f"data.validation={few}")
-    assert "3 of 3 evaluations on record do not count" in told
-    assert "of 3 evaluations" not in told_by(ranks, files.settings, tmp_path / "other", *given)
+    assert "3 of 3 evaluations on record left out" in told
+    assert "and from step 6 on" in told
+    assert "validation at step 6" in told, "the weights that it begins with are measured on the new samples"
+    assert result_of(again)["best_step"] == 6
+
+
+def test_evaluations_on_the_same_samples_count(ranks, own, tmp_path):
+    """Where only ids have changed, the best model stays."""
+    settings, paths = own
+    folder, given = tmp_path / "run", (*STANDSTILL, "optimizer.steps=6")
+    told_by(ranks, settings, folder, *given)
+    before, steps = exported(folder), [record["step"] for record in records(folder, "evaluation")]
+    assert (result_of(folder)["best_step"], steps) == (2, [2, 4, 6])
+    paths["validation"].write_text(ROWS.replace("\n0,", "\nzero,"))
+    told = told_by(ranks, settings, folder, *given)
+    assert "on record left out" not in told
+    assert "is already finished" not in told
+    assert result_of(folder)["best_step"] == 2
+    assert [record["step"] for record in records(folder, "evaluation")] == steps
+    assert [name for name, tensor in exported(folder).items() if not torch.equal(tensor, before[name])] == []
+    assert predictions_of(folder)[0]["id"] == "zero"
 
 
 def test_what_is_no_longer_asked_for_is_removed(ranks, own, tmp_path):
@@ -155,7 +174,8 @@ def test_what_is_no_longer_asked_for_is_removed(ranks, own, tmp_path):
     folder = tmp_path / "run"
     told_by(ranks, settings, folder)
     assert predictions_of(folder, "test")
-    told_by(ranks, settings, folder, "data.test=null")
+    told = told_by(ranks, settings, folder, "data.test=null")
+    assert f"{folder / 'predictions.test.jsonl'}: removed" in told
     assert not (folder / "predictions.test.jsonl").exists()
     assert len(predictions_of(folder)) == 3
     measure(ranks, settings, folder, tmp_path / "measured")
@@ -196,6 +216,20 @@ def test_sizes_and_a_tokenizer_are_enough_for_random_weights(
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
+def test_the_tokenizer_of_a_checkpoint_is_verified_for_random_weights_too(ranks, files_of, message_of, tmp_path):
+    settings = files_of(Kind.CLASS).settings
+    folder = tune(ranks, settings, tmp_path / "run", *FEW)
+    checkpoint = shutil.copytree(folder / "checkpoints" / "step_00000002", tmp_path / "checkpoint")
+    given = (*FEW, f"model.weights={checkpoint}", "model.random_weights=true", f"run.directory={tmp_path}/random")
+    vocabulary = checkpoint / "vocab.txt"
+    whole = vocabulary.read_bytes()
+    vocabulary.write_bytes(whole[:-2] + b"~" + whole[-1:])
+    code, told = message_of(FINETUNE, settings, *given)
+    assert (code, "vocab.txt" in told) == (ExitCode.BAD_CHECKPOINT, True)
+    vocabulary.write_bytes(whole)
+    assert message_of(FINETUNE, settings, *given)[0] == ExitCode.FINISHED
+
+
 def test_other_sizes_are_another_beginning_of_random_weights(files_of, small_model, message_of, tmp_path):
     """Other weights are not: only the sizes are taken."""
     sizes = tmp_path / "sizes"
@@ -228,11 +262,22 @@ def test_seeds_and_a_single_training_have_folders_of_their_own(files_of, message
     assert (code, "holds a training without run.seeds" in told) == (ExitCode.BAD_SETTINGS, True)
     code, told = message_of(FINETUNE, settings, *FEW, several)
     assert (code, "holds trainings of run.seeds" in told) == (ExitCode.BAD_SETTINGS, True)
-    code, told = message_of(
-        EVALUATE, settings, f"model.weights={tmp_path}/several", f"run.directory={tmp_path}/measured"
-    )
+    measured = f"run.directory={tmp_path}/measured"
+    code, told = message_of(EVALUATE, settings, f"model.weights={tmp_path}/several", measured)
     assert code == ExitCode.BAD_CHECKPOINT
     assert f"give one of them, as {tmp_path}/several/seed_1" in told
+    for folder in (single, several):
+        code, told = message_of(EVALUATE, settings, f"model.weights={tmp_path}/single", folder)
+        assert (code, "holds a training" in told) == (ExitCode.BAD_SETTINGS, True)
+    assert message_of(EVALUATE, settings, f"model.weights={tmp_path}/single", measured)[0] == ExitCode.FINISHED
+    code, told = message_of(FINETUNE, settings, *FEW, measured)
+    assert (code, "holds what `evaluate` has measured" in told) == (ExitCode.BAD_SETTINGS, True)
+
+
+def test_a_folder_of_the_users_own_is_no_seed(files_of, message_of, tmp_path):
+    (tmp_path / "run" / "seed_data").mkdir(parents=True)
+    given = (*FEW, f"run.directory={tmp_path}/run")
+    assert message_of(FINETUNE, files_of(Kind.NUMBER).settings, *given)[0] == ExitCode.FINISHED
 
 
 @pytest.mark.parametrize("validates", [True, False], ids=["validation", "test alone"])
