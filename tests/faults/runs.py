@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -64,7 +64,10 @@ class Ended:
 
 
 class Running:
-    """A launch that goes on while the test does something to it; its output goes into a file beside its folder."""
+    """A launch that goes on while the test does something to it; its output goes into a file beside its folder.
+
+    ``with start(...) as running``: a test that fails leaves no process behind.
+    """
 
     def __init__(self, line: list[str], folder: Path, variables: dict[str, str]) -> None:
         self._folder, self._began = folder, time.time()
@@ -73,6 +76,12 @@ class Running:
             self.process = subprocess.Popen(
                 line, cwd=ROOT, env=variables, stdout=output, stderr=output, preexec_fn=_hear_interruptions
             )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_raised: object) -> None:
+        self.kill()
 
     @property
     def output(self) -> str:
@@ -98,6 +107,11 @@ class Running:
         """Send a signal to the process that was started, which may be a launcher; when (of `time.time`)."""
         self.process.send_signal(number)
         return time.time()
+
+    def freeze(self) -> None:
+        """Stop the process, of one rank: it does nothing more until it gets SIGCONT."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)  # the signal comes to its threads one by one
 
     def end(self, seconds: float = 60) -> Ended:
         """What has come of it once it has ended by itself."""

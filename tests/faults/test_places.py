@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,11 @@ TWO_NODES = ("--nproc-per-node=1", "--nnodes=2", "--master-port=29555")
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """All files below a folder in which nobody writes."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def run(line: list[str]) -> subprocess.CompletedProcess[str]:
@@ -82,10 +88,10 @@ def test_a_rank_that_comes_late_is_waited_for_no_longer_than_the_timeout(data, t
     """Row 12: rank 1 sleeps 40 s before it meets rank 0, and after; nobody waits that long."""
     folder = tmp_path / "run"
     late = f"slow=40@step:0,rank:1,at:{at}"
-    running = start(data, folder, "run.timeout_seconds=5", DATA, fault=late)
-    running.wait_for_fault("slow")
-    began = time.time()
-    ended = running.end()
+    with start(data, folder, "run.timeout_seconds=5", DATA, fault=late) as running:
+        running.wait_for_fault("slow")
+        began = time.time()
+        ended = running.end()
     assert ended.code == 1
     assert ended.ended - began <= 5 + 5 + 2 + 4, "the silence, the margin of a message, and torchrun's own end"
     if at == "meet":
@@ -102,23 +108,19 @@ def test_a_rank_that_comes_late_is_waited_for_no_longer_than_the_timeout(data, t
 def test_a_second_job_is_refused_and_the_first_is_not_disturbed(data, tmp_path, whole):
     """Row 21: within a second of coming to the lock, which names the holder."""
     folder = tmp_path / "run"
-    first = start(data, folder, fault="slow=0.4@step:6,until:12,at:step", processes=1)
-    first.wait_for_step(5)
-    first.send(signal.SIGSTOP)  # it must not end before the second has come to the lock
-    known = {path for path in folder.rglob("*") if path.name != "lock"}
-    holder = (folder / "lock").read_text()
-    try:
+    with start(data, folder, fault="slow=0.4@step:6,until:12,at:step", processes=1) as first:
+        first.wait_for_step(5)
+        first.freeze()  # it must not end before the second has come to the lock, nor finish what it saves
+        before = contents(folder)
         second = launch(data, folder, processes=1, fault="slow=0@step:0,at:meet")
-    finally:
+        after = contents(folder)
         first.send(signal.SIGCONT)
+        ended = first.end()
     assert second.code == ExitCode.CANNOT_WRITE
     assert second.ended - second.fault_times[0] <= 1 + 2, "the lock's patience, and the end of the process"
     told = f"belongs to another job that is still running: process {first.process.pid} on {socket.gethostname()}"
     assert f"error: {folder} {told}" in second.output
-    assert (folder / "lock").read_text() == holder
-    assert all(path.exists() for path in known)
-    assert not (folder / "exit.json").exists()
-    ended = first.end()
+    assert after == before
     assert (ended.code, ended.outcome["code"]) == (0, 0), ended.output
     assert_ends_like(folder, whole(processes=1))
 
@@ -255,20 +257,17 @@ def test_ranks_that_a_network_parts_end_within_the_timeout(data, tmp_path, netwo
     """Row 22: two launchers in two networks; within the step's timeout and 2 s."""
     folder = tmp_path / "run"
     given = (PIPELINE, "run.step_timeout_seconds=4", "optimizer.steps=200", f"run.directory={folder}")
-    launched = []
-    for node, (name, card) in enumerate(zip(network.names, network.cards, strict=True)):
-        place = (*TWO_NODES, f"--node-rank={node}", f"--master-addr={network.addresses[0]}")
-        line = command(data, *given, processes=2, options=place)
-        variables = {**environment("slow=0.1@step:1,until:200,at:step"), "GLOO_SOCKET_IFNAME": card}
-        output = folder if node == 0 else tmp_path / "other"
-        launched.append(Running(["ip", "netns", "exec", name, *line], output, variables))
-    try:
-        launched[0].wait_for_step(5)
+    with ExitStack() as launched:
+        nodes = []
+        for node, (name, card) in enumerate(zip(network.names, network.cards, strict=True)):
+            place = (*TWO_NODES, f"--node-rank={node}", f"--master-addr={network.addresses[0]}")
+            line = command(data, *given, processes=2, options=place)
+            variables = {**environment("slow=0.1@step:1,until:200,at:step"), "GLOO_SOCKET_IFNAME": card}
+            output = folder if node == 0 else tmp_path / "other"
+            nodes += [launched.enter_context(Running(["ip", "netns", "exec", name, *line], output, variables))]
+        nodes[0].wait_for_step(5)
         cut = network.cut()
-        ends = [running.end() for running in launched]
-    finally:
-        for running in launched:
-            running.kill()
+        ends = [running.end() for running in nodes]
     outcome = outcome_of(folder)
     assert outcome["code"] == ExitCode.HANG, ends[0].output
     assert outcome["time"] - cut <= 4 + 2

@@ -70,11 +70,11 @@ NAMES = ["SIGTERM", "SIGUSR1", "SIGINT"]
 def test_a_signal_to_torchrun_stops_all_ranks_with_nothing_lost(data, tmp_path, name):
     """Row 4, with the options of launch/torchrun.sh: at most one step more than the one it came in."""
     folder = tmp_path / "run"
-    running = start(data, folder, TENSOR, fault=UNHURRIED, options=(HANDLED,))
-    running.wait_for_step(3)
-    sent = running.send(getattr(signal, name))
-    done = num_steps(folder)
-    ended = running.end()
+    with start(data, folder, TENSOR, fault=UNHURRIED, options=(HANDLED,)) as running:
+        running.wait_for_step(3)
+        sent = running.send(getattr(signal, name))
+        done = num_steps(folder)
+        ended = running.end()
     assert ended.code == 1, "torchrun knows no other"
     step = ended.outcome["step"]
     assert_stopped(folder, ended, step, name)
@@ -88,11 +88,11 @@ def test_a_signal_to_torchrun_stops_all_ranks_with_nothing_lost(data, tmp_path, 
 def test_a_signal_to_the_script_ends_it_with_75_and_the_run_goes_on_bit_for_bit(data, tmp_path, whole, name):
     """Row 4: 75 while the run is not finished, 0 when it is."""
     folder = tmp_path / "run"
-    running = start_script(data, folder, TENSOR, fault=UNHURRIED)
-    running.wait_for_step(3)
-    sent = running.send(getattr(signal, name))
-    done = num_steps(folder)
-    ended = running.end()
+    with start_script(data, folder, TENSOR, fault=UNHURRIED) as running:
+        running.wait_for_step(3)
+        sent = running.send(getattr(signal, name))
+        done = num_steps(folder)
+        ended = running.end()
     assert ended.code == ExitCode.STOPPED, ended.output
     assert done <= ended.outcome["step"] <= done + 2
     assert_stopped(folder, ended, ended.outcome["step"], name)
@@ -115,13 +115,13 @@ def test_a_second_interruption_ends_all_at_once_and_leaves_the_checkpoint_before
     """Row 4: immediately, whatever the ranks do; 130."""
     folder = tmp_path / "run"
     given = (DATA, "run.save_every=2")
-    running = start_script(data, folder, *given, fault=fault)
-    running.wait_for_fault(mark)
-    running.send(signal.SIGINT)
-    time.sleep(SECOND)
-    assert running.process.poll() is None
-    second = running.send(signal.SIGINT)
-    ended = running.end()
+    with start_script(data, folder, *given, fault=fault) as running:
+        running.wait_for_fault(mark)
+        running.send(signal.SIGINT)
+        time.sleep(SECOND)
+        assert running.process.poll() is None
+        second = running.send(signal.SIGINT)
+        ended = running.end()
     assert ended.code == ended.outcome["code"] == ExitCode.INTERRUPTED, ended.output
     assert ended.outcome["time"] - second <= 0.5
     assert ended.ended - second <= 4, "the launcher ends too"
@@ -135,12 +135,12 @@ def test_a_second_interruption_ends_all_at_once_and_leaves_the_checkpoint_before
 @pytest.mark.faults
 def test_a_second_interruption_ends_a_process_without_launcher_while_it_saves(data, tmp_path):
     folder = tmp_path / "run"
-    running = start(data, folder, processes=1, fault="slow=30@step:4,at:write")
-    running.wait_for_fault("slow")
-    running.send(signal.SIGINT)
-    time.sleep(SECOND)
-    second = running.send(signal.SIGINT)
-    ended = running.end()
+    with start(data, folder, processes=1, fault="slow=30@step:4,at:write") as running:
+        running.wait_for_fault("slow")
+        running.send(signal.SIGINT)
+        time.sleep(SECOND)
+        second = running.send(signal.SIGINT)
+        ended = running.end()
     assert ended.code == ended.outcome["code"] == ExitCode.INTERRUPTED, ended.output
     assert ended.ended - second <= 0.5
 
@@ -195,10 +195,10 @@ def test_a_stop_during_a_save_waits_for_it_and_saves_what_came_since(data, tmp_p
 def test_a_launcher_that_loses_patience_with_a_save_leaves_the_checkpoint_before(data, tmp_path, whole):
     """Row 5: torchrun's time to shut down runs out, here 1 s, and it kills the ranks."""
     folder = tmp_path / "run"
-    running = start_script(data, folder, DATA, fault="slow=30@step:8,at:commit", SHUTDOWN_SECONDS="1")
-    running.wait_for_fault("slow")
-    sent = running.send(signal.SIGTERM)
-    ended = running.end()
+    with start_script(data, folder, DATA, fault="slow=30@step:8,at:commit", SHUTDOWN_SECONDS="1") as running:
+        running.wait_for_fault("slow")
+        sent = running.send(signal.SIGTERM)
+        ended = running.end()
     assert ended.code not in (0, ExitCode.STOPPED)
     assert ended.ended - sent <= 15
     again = launch(data, folder, DATA)

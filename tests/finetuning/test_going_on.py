@@ -69,10 +69,10 @@ def undisturbed_of(ranks, files_of, tmp_path_factory):
 def test_a_run_that_was_ended_goes_on_to_the_same_bits(files_of, undisturbed_of, tmp_path, number, layout):
     settings, folder = files_of(Kind.TAGS).settings, tmp_path / "run"
     given = (*LONG, *DROPOUT, *layout_settings(layout))
-    running = launched(settings, folder, *given, processes=layout.world)
-    running.wait_for_step(15)
-    running.send(number)
-    running.end()
+    with launched(settings, folder, *given, processes=layout.world) as running:
+        running.wait_for_step(15)
+        running.send(number)
+        running.end()
     assert not (folder / "result.json").exists()
     if number is signal.SIGTERM:
         assert outcome_of(folder)["code"] == ExitCode.STOPPED
