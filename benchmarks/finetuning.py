@@ -10,9 +10,9 @@ twice, one after the other: from the weights, and with model.random_weights=true
 After each, FILE has its row.
 
 Two calls, one with ``--only pretrained`` and one with ``--only random``, may run side by side with the same FILE.
-Ctrl-C and SIGTERM go to the training in progress, which saves and ends; the same command goes on there.  A row is
-made once for its settings and weights: other ones have folders of their own in RUNS.  Checkpoints of what is done
-are removed; models, metrics and predictions stay.
+Ctrl-C, SIGTERM and SIGHUP go to the training in progress, which saves and ends; the same command goes on there.
+A row is made once for its settings and weights: other ones have folders of their own in RUNS.  Checkpoints of what
+is done are removed; models, metrics and predictions stay.
 """
 
 import argparse
@@ -116,15 +116,18 @@ def problems_of(trainings: list[Training]) -> Iterator[str]:
         yield from (f"{training.name}: {file} is not there" for file in files if not Path(file).exists())
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @dataclass
 class Stop:
-    """Hears Ctrl-C and SIGTERM from its making on, and passes them to the training in progress."""
+    """Hears `STOPS` from its making on, and passes them to the training in progress."""
 
     child: subprocess.Popen[bytes] | None = None
     asked: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPS:
             signal.signal(number, self._hear)
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
@@ -134,9 +137,11 @@ class Stop:
 
     def hand_over(self, child: subprocess.Popen[bytes]) -> None:
         """Signals go to ``child`` from now on, and so does one that came while it was born."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # one that came in between would be passed twice
         self.child = child
         for number in self.asked:
             child.send_signal(number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
     def end_if_asked(self) -> None:
         """End this process with the code of a stopped run."""

@@ -69,7 +69,8 @@ class Start:
         source = open_encoder_weights(path, verify=False)
         newest = next(iter(candidates(path / "checkpoints")), path)
         manifest = newest / "manifest.json"  # has the SHA-256 of the other files of a checkpoint
-        weights = [manifest] if manifest.exists() else sorted(path.glob("*.safetensors"))
+        files = sorted(file for pattern in ("*.safetensors", "*.bin") for file in path.glob(pattern))
+        weights = [manifest] if manifest.exists() else files
         tokenizer = [file.read_bytes() for _, file in sorted(source.tokenizer_files.items())]
         sizes = repr((asdict(source.shape), source.lowercase is not False)).encode()
         return cls(given.resolve(), _sha256(file.read_bytes() for file in weights), _sha256([sizes, *tokenizer]))

@@ -66,13 +66,20 @@ def _exit_code(main: Callable[[list[str]], int | None], usage: str, given: list[
 def tell_error(text: str, environment: LaunchEnvironment) -> None:
     """Print an error on stderr, once in a launch.
 
-    Most errors hit all ranks alike: rank 0 tells at once, and its exit makes torchrun end the others
-    while they wait.  A rank that is still there after the wait was hit alone, and tells it itself.
+    A rank that is still there after `wait_for_first_rank` was hit alone, and tells it itself.
     """
-    if not environment.is_first:
-        time.sleep(2 + 0.5 * environment.local_rank)
+    wait_for_first_rank(environment)
     speaker = "error" if environment.is_first else f"error on rank {environment.rank}"
     print(f"{speaker}: {text}", file=sys.stderr, flush=True)
+
+
+def wait_for_first_rank(environment: LaunchEnvironment) -> None:
+    """Let rank 0 tell an error that hits all ranks: it tells at once, and its exit makes torchrun end the others.
+
+    On a busy machine a process needs seconds to end.
+    """
+    if not environment.is_first:
+        time.sleep(5 + 0.5 * environment.local_rank)
 
 
 def config_from_arguments(arguments: Sequence[str], usage: str) -> Config:

@@ -1,6 +1,5 @@
 """Samples of a task to microbatches, for training and, each sample exactly once, for evaluation."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,7 +59,7 @@ class TaskBatches:
     """Microbatches of one replica of the samples of ``table``.
 
     Training visits all samples once an epoch, in an order that is a pure function of (seed, number of samples);
-    sample numbers count over all epochs, and ``size_of`` tells the samples of the step that follows so many.
+    sample numbers count over all epochs, and each step has ``global_batch`` samples.
     All ranks of a replica make the same microbatches by themselves.
     """
 
@@ -71,12 +70,12 @@ class TaskBatches:
         *,
         sequence_length: int,
         seed: int,
-        size_of: Callable[[int], int],
+        global_batch: int,
         cutting: Cutting,
     ):
         """ConfigError when a microbatch of ``cutting`` may be too small for all the choices of a sample."""
         self._table, self._pad_id, self._sequence_length = table, pad_id, sequence_length
-        self._size_of, self._cutting = size_of, cutting
+        self._global_batch, self._cutting = global_batch, cutting
         self._order = SampleOrder(table.num_samples, seed)
         _check_capacity(cutting, table.rows_per_sample, sequence_length)
 
@@ -87,7 +86,7 @@ class TaskBatches:
 
     def take(self, samples_done: int) -> list[TaskBatch]:
         """Microbatches of this replica in the step that follows ``samples_done`` samples."""
-        numbers = np.arange(samples_done, samples_done + self._size_of(samples_done))
+        numbers = np.arange(samples_done, samples_done + self._global_batch)
         samples = self._order.spans(numbers)
         microbatches = _cut(self._table, samples, self._cutting)
         return [self.batch(samples[places], numbers[places]) for places in microbatches]

@@ -61,7 +61,7 @@ def labels_of(task: TaskConfig, training: Sequence[Example] | None) -> Labels | 
         if training is None:
             raise DataError(
                 f"the labels of task {task.name!r} are not known; set task.labels to their names in the order of "
-                "their numbers, or give data.train"
+                "their numbers"
             )
         names = _sorted_tags(training) if known.kind is Kind.TAGS else _sorted_labels(training)
     return _enough(labels_from_names(names), known.kind)

@@ -38,12 +38,17 @@ def evaluate(config: TaskRun, environment: LaunchEnvironment) -> None:
             fill = weights_source(recipe, None, checks=mesh.is_first)
             fill((part, part.view(part.parameter)) for part in pipeline.chunks.parts())
         objective = task_objective(config, recipe, data, mesh.tensor)
+        if config.task.balanced:
+            within.say(
+                "the loss is not balanced: task.balanced counts the classes of data.train, which is not read here"
+            )
         metrics: dict[str, Mapping[str, float]] = {}
         threshold = 0.0
         for name, part in (("validation", data.validation), ("test", data.test)):
             if part is None:
                 continue
-            batches = batches_of(part, config, data.source, mesh.data, seed=0, sizes=lambda _: 1)
+            within.stop_if_asked(f"before the predictions of {name}", kept="the same command measures anew")
+            batches = batches_of(part, config, data.source, mesh.data, seed=0)
             with actions.within(Kind.EVALUATION):
                 outputs, losses = outputs_of(pipeline, part.table, batches, objective)
             with together(within.agreement):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
-from megatron_bert_tp.config.command_line import tell_error
+from megatron_bert_tp.config.command_line import tell_error, wait_for_first_rank
 from megatron_bert_tp.config.environment import LaunchEnvironment
 from megatron_bert_tp.errors import (
     DataError,
@@ -171,12 +171,20 @@ def _told(error: MegatronBertError, ending: Ending) -> MegatronBertError:
     rank = error.rank if isinstance(error, ElsewhereError) else ending.environment.rank
     outcome = ending.outcome(error.exit_code, str(error), rank)
     if ending.file is None:
-        tell_error(str(error), ending.environment)
+        _tell_at_start(error, ending.environment)
     elif ending.claim(outcome):
         speaker = f" on rank {rank}" if ending.environment.world_size > 1 else ""
         say_error(f"error{speaker}: {error}\n{outcome.line()}")
     error.is_told = True
     return error
+
+
+def _tell_at_start(error: MegatronBertError, environment: LaunchEnvironment) -> None:
+    """Tell ``error`` where no file says yet who was first; what all ranks know rank 0 tells alone."""
+    if isinstance(error, ElsewhereError) and not environment.is_first:
+        wait_for_first_rank(environment)
+    else:
+        tell_error(str(error), environment)
 
 
 def say_error(text: str) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from megatron_bert_tp.formats.convert import to_huggingface
 from megatron_bert_tp.formats.task_folder import BEST_MODEL, EVALUATED, RESULT, seed_folder, seed_folders
 from megatron_bert_tp.parallel.mesh import ParallelMesh
 from megatron_bert_tp.reliability.actions import Actions, Kind
+from megatron_bert_tp.reliability.lock import DirectoryLock
 from megatron_bert_tp.tasks.batches import TaskBatches
 from megatron_bert_tp.training.build import build_trainer
 from megatron_bert_tp.training.course import Course
@@ -31,6 +33,7 @@ from megatron_bert_tp.training.task_evaluation import (
     NoEvaluation,
     TaskEvaluation,
     TaskLines,
+    check_validation_metric,
     metric_of,
     scored,
     standing_of,
@@ -57,6 +60,7 @@ def finetune(config: TaskRun, environment: LaunchEnvironment) -> None:
     with session(config.run, environment) as within:
         mesh, actions = within.meet(config.parallel)
         data = open_task_data(config, verifies=mesh.is_first, learns=True, say=within.narrator(actions))
+        check_validation_metric(config, data)
         tuning = _Tuning(config, data, mesh, actions, within)
         results = {seed: tuning.of_seed(seed) for seed in config.run.seeds or (config.optimizer.seed,)}
         with together(within.agreement):
@@ -81,23 +85,29 @@ class _Tuning:
         """Train, export and measure; what an earlier start has finished is only told."""
         config = self._config_of(seed)
         directory, agreement = Path(config.run.directory), self.within.agreement
-        result = None
+        result, own = None, self.within.held.enter_context(ExitStack())
         self.within.stop_if_asked(f"before {directory}")
         if self.config.run.seeds is not None:
             self.within.say(f"seed {seed}: {directory}")
         with together(agreement):
             if self.within.is_first:
-                directory.mkdir(parents=True, exist_ok=True)
+                if self.config.run.seeds is not None:
+                    directory.mkdir(parents=True, exist_ok=True)
+                    own.enter_context(DirectoryLock(directory))
                 result = _finished(config, self.data)
         if agreement.maximum([result is not None])[0]:
             self.within.say(f"{directory}: is already finished")
-            return result or Result(seed, 0, metric_of(config), {}, {})
-        recipe = task_recipe(config, self.data)
+        else:
+            result = self._make(config)
+        own.close()
+        return result or Result(seed, 0, metric_of(config), {}, {})
+
+    def _make(self, config: TaskRun) -> Result:
+        directory, recipe = Path(config.run.directory), task_recipe(config, self.data)
         trainer, best = self._train(config, recipe)
         self.within.stop_if_asked(f"before the export to {directory / BEST_MODEL}")
-        with together(agreement):
+        with together(self.within.agreement):
             if self.within.is_first:
-                (directory / RESULT).unlink(missing_ok=True)
                 keep_settings(recipe)
         return self._conclude(config, trainer, best)
 
@@ -118,7 +128,6 @@ class _Tuning:
             self.data.source,
             self.mesh.data,
             seed=config.optimizer.seed,
-            sizes=lambda _done: config.optimizer.global_batch,
         )
 
     def _train(self, config: TaskRun, recipe: Recipe) -> tuple[Trainer, Path]:
@@ -143,6 +152,9 @@ class _Tuning:
             actions=self.actions,
         )
         evaluation = self._evaluation(config, recipe, trainer)
+        with together(self.within.agreement):
+            if self.within.is_first:  # before the new settings stand beside it: they would seem to be finished
+                (recipe.directory / RESULT).unlink(missing_ok=True)
         Course(
             recipe=recipe,
             trainer=trainer,

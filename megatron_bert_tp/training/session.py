@@ -102,12 +102,13 @@ class Session:
         deadline = None if limit is None else Deadline(self.began, limit)
         return Stopping(lambda: self.stop.requested, self.agreement, deadline=deadline)
 
-    def stop_if_asked(self, before: str) -> None:
-        """StoppedError, told, where any rank was asked to stop; all that is done must be saved."""
+    def stop_if_asked(
+        self, before: str, *, kept: str = "all is saved, and the same command goes on from there"
+    ) -> None:
+        """StoppedError, told, where any rank was asked to stop; ``kept`` says what is there of the work so far."""
         reason, _ = self.stopping.agree(is_writing=False, step_seconds=0.0, save_seconds=0.0)
         if reason is not None:
-            told = f"stopped {before} ({reason}); all is saved, and the same command goes on from there"
-            error = StoppedError(told, reason=reason)
+            error = StoppedError(f"stopped {before} ({reason}); {kept}", reason=reason)
             self.tell_stop(error)
             raise error
 

@@ -136,9 +136,9 @@ def open_task_data(config: TaskRun, *, verifies: bool, learns: bool, say: Say) -
 
 
 def batches_of(
-    part: TaskPart, config: TaskRun, source: ModelSource, data: Axis, *, seed: int, sizes: Callable[[int], int]
+    part: TaskPart, config: TaskRun, source: ModelSource, data: Axis, *, seed: int
 ) -> TaskBatches:
-    """Microbatches of one replica; ``sizes`` tells the samples of the step that follows so many."""
+    """Microbatches of one replica."""
     parallel = config.parallel
     size = parallel.microbatch if parallel.packing == "none" else parallel.microbatch_tokens
     assert size is not None, "the rules of the settings ask for the one that packing needs"
@@ -147,7 +147,7 @@ def batches_of(
         source.shape.pad_token_id,
         sequence_length=min(config.data.sequence_length, source.shape.max_position_embeddings),
         seed=seed,
-        size_of=sizes,
+        global_batch=config.optimizer.global_batch,
         cutting=Cutting(packing=parallel.packing, size=size, data_rank=data.rank, data_size=data.size),
     )
 

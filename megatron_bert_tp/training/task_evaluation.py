@@ -1,6 +1,6 @@
 """Evaluations of a task while it is trained: metrics, the best checkpoint, and when to give up."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -136,7 +136,18 @@ def sign_of(metric: str) -> float:
     return -1.0 if metric.startswith(_SMALLER_IS_BETTER) else 1.0
 
 
-def check_metric(name: str, metrics: dict[str, float]) -> None:
+def check_validation_metric(config: TaskRun, data: TaskData) -> None:
+    """ConfigError, before hours of training, where ``run.metric`` will not be measured on the validation data."""
+    if data.validation is None:
+        return
+    task = TASKS[config.task.name]
+    names = task.metrics + (task.threshold_metrics if data.task(config.task).unanswerable else ())
+    groups = sorted({example.group for example in data.validation.examples})
+    parts = [f"{name}_{group}" for group in groups for name in names] if len(groups) > 1 else []
+    check_metric(metric_of(config), (*names, *parts))
+
+
+def check_metric(name: str, metrics: Collection[str]) -> None:
     """ConfigError where ``run.metric`` is not measured on this data."""
     if name not in metrics:
         raise ConfigError(f"run.metric is {name!r}, but measured are {', '.join(metrics)}; set one of these")

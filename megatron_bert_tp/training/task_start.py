@@ -66,7 +66,7 @@ def labels_of_model(config: TaskRun, source: ModelSource, path: Path) -> Labels 
             )
         return None
     names = _names_in(source)
-    if not names:
+    if not names or (_are_made_up(names) and (config.task.labels or task.labels)):
         labels = labels_of(config.task, None)
         names = () if labels is None else labels.names
     elif config.task.labels not in (None, names):
@@ -82,12 +82,16 @@ def labels_of_model(config: TaskRun, source: ModelSource, path: Path) -> Labels 
 
 
 def _names_in(source: ModelSource) -> tuple[str, ...]:
-    """Names of the labels by number; none where the model has only the names that `transformers` makes up."""
+    """Names of the labels by number, as the model has them."""
     named = source.settings.get("id2label")
     if not isinstance(named, Mapping):
         return ()
-    names = tuple(str(named.get(str(number))) for number in range(len(named)))
-    return () if names == tuple(f"LABEL_{number}" for number in range(len(names))) else names
+    return tuple(str(named.get(str(number))) for number in range(len(named)))
+
+
+def _are_made_up(names: tuple[str, ...]) -> bool:
+    """Whether they are what `transformers` calls labels that nobody has named."""
+    return names == tuple(f"LABEL_{number}" for number in range(len(names)))
 
 
 def sizes_fingerprint(shape: ModelShape) -> str:

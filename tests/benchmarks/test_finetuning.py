@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from finetuning import Stop
+import torch
+from finetuning import STOPS, Stop
 from finetuning_report import SIDES, add_row, comparison, read_rows, result_of
 from finetuning_tasks import TRIALS, Start, Training, Way
 from safetensors.torch import load_file, save_file
@@ -113,6 +114,14 @@ def test_a_start_is_known_by_the_weights_that_training_takes(tmp_path):
     assert Start.at(first).weights != Start.at(second).weights
     assert Start.at(first).sizes == Start.at(second).sizes
     assert Start.at(first).path == first
+
+
+def test_a_start_of_pickled_weights_is_known_by_these(tmp_path):
+    for name, bias in (("a", 0.0), ("b", 1.0)):
+        model = write_finished_run(tmp_path / name, bias) / BEST_MODEL
+        torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+        (model / "model.safetensors").unlink()
+    assert Start.at(tmp_path / "a").weights != Start.at(tmp_path / "b").weights
 
 
 def write_finished_run(directory: Path, bias: float) -> Path:
@@ -218,7 +227,7 @@ def test_calls_side_by_side_lose_no_row(tmp_path):
 
 @pytest.fixture
 def stop():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOPS}
     yield Stop()
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -228,15 +237,16 @@ def sleeper() -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 @pytest.mark.parametrize("is_born", [True, False], ids=["after its birth", "before it is known"])
-def test_a_signal_reaches_the_training_and_ends_the_driver_as_stopped(stop, is_born):
-    child = sleeper()
-    if is_born:
-        stop.hand_over(child)
-    os.kill(os.getpid(), signal.SIGTERM)
-    if not is_born:
-        stop.hand_over(child)
-    assert child.wait(timeout=20) == -signal.SIGTERM
+def test_a_signal_reaches_the_training_and_ends_the_driver_as_stopped(stop, is_born, number):
+    with sleeper() as child:
+        if is_born:
+            stop.hand_over(child)
+        os.kill(os.getpid(), number)
+        if not is_born:
+            stop.hand_over(child)
+        assert child.wait(timeout=20) == -number
     with pytest.raises(SystemExit) as ended:
         stop.end_if_asked()
     assert ended.value.code == ExitCode.STOPPED

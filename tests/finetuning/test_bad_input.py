@@ -7,6 +7,7 @@ import pytest
 
 from megatron_bert_tp.config.task_table import Kind
 from megatron_bert_tp.errors import ExitCode
+from tests.finetuning.cases import first_lines
 from tests.finetuning.runs import EVALUATE, FINETUNE
 from tests.training.runs import start
 
@@ -127,6 +128,18 @@ def test_a_metric_that_this_data_does_not_have(message_of, files_of, tmp_path):
     )  # fmt: skip
     assert code == ExitCode.BAD_SETTINGS
     assert "run.metric is 'accuracy_high'" in told
+
+
+def test_a_part_that_is_not_there_is_told_before_the_first_step(message_of, files_of, tmp_path):
+    files = files_of(Kind.CLASS)
+    other = first_lines(files.validation, tmp_path / "other.tsv", 5)
+    both = f"data.validation={json.dumps([str(files.validation), str(other)])}"
+    given = files.settings, both, f"run.directory={tmp_path}/run", "optimizer.steps=1"
+    code, told = message_of(FINETUNE, *given, "run.metric=f1_othr")
+    assert code == ExitCode.BAD_SETTINGS
+    assert "run.metric is 'f1_othr', but measured are f1, accuracy, f1_dev, accuracy_dev, f1_other" in told
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert message_of(FINETUNE, *given, "run.metric=f1_other")[0] == 0
 
 
 def test_a_loss_that_is_not_finite_names_the_warm_up_of_a_task(message_of, files_of, tmp_path):

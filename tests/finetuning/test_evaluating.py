@@ -1,5 +1,6 @@
 """A model that has learned a task is measured alike wherever and however often it is measured."""
 
+import csv
 import json
 
 import pytest
@@ -8,12 +9,14 @@ from megatron_bert_tp.config.task_table import Kind
 from tests.finetuning.cases import first_lines
 from tests.finetuning.runs import (
     EVALUATE,
+    FINETUNE,
     evaluations_of,
     measure,
     name_of,
     predictions_of,
     products_of,
     result_of,
+    run_rank,
     tune,
 )
 from tests.sources import real_data
@@ -140,3 +143,52 @@ def test_test_data_without_labels_are_predicted_for_the_benchmark(ranks, files_o
     rows = (folder / "submission" / "test" / "MRPC.tsv").read_text().splitlines()
     names = ["not_equivalent", "equivalent"]
     assert rows == ["index\tprediction", *(f"{n}\t{names.index(each['label'])}" for n, each in enumerate(records))]
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["by the model", "by the settings"])
+def test_labels_that_look_made_up_are_those_of_the_model(message_of, small_model, tmp_path, named):
+    path = tmp_path / "train.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["text", "label"], *([f"word {n}", f"LABEL_{n % 2}"] for n in range(8))])
+    settings = tmp_path / "task.yaml"
+    settings.write_text(f"""
+model: {{weights: "{small_model}"}}
+task: {{name: classification}}
+data: {{train: "{path}", validation: "{path}", sequence_length: 16}}
+optimizer: {{global_batch: 4}}
+parallel: {{microbatch: 4}}
+run: {{directory: "{tmp_path}/run", device: cpu}}
+""")
+    assert message_of(FINETUNE, settings, *SHORT)[0] == 0
+    given = ["task.labels=[LABEL_0, LABEL_1]"] if named else []
+    code, told = message_of(
+        EVALUATE, settings, f"model.weights={tmp_path}/run", f"run.directory={tmp_path}/out", *given
+    )
+    assert code == 0, told
+    assert predictions_of(tmp_path / "out") == predictions_of(tmp_path / "run")
+
+
+def test_a_loss_without_the_weights_of_its_training_is_told(ranks, files_of, tuned_of, tmp_path):
+    given = f"model.weights={tuned_of(Kind.CLASS)}", f"run.directory={tmp_path}/out"
+    for balanced in ("true", "false"):
+        settings = files_of(Kind.CLASS).settings, (*given, f"task.balanced={balanced}")
+        (told,) = ranks.run(1, run_rank, "evaluate", *settings)
+        assert ("the loss is not balanced: task.balanced counts the classes" in told) is (balanced == "true")
+
+
+def test_the_test_part_is_answered_with_the_threshold_of_the_validation_part(ranks, files_of, tmp_path):
+    """The same questions in both: F1 of the one is the best F1 of the other, and not that at a threshold of 0."""
+    content = json.loads(real_data("squad/dev-v2.0.first1050.json").read_text(encoding="utf-8"))
+    content["data"] = content["data"][:1]
+    content["data"][0]["paragraphs"] = content["data"][0]["paragraphs"][:2]
+    path = tmp_path / "dev.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    files = f"data.train={path}", f"data.validation={path}", f"data.test={path}"
+    folder = tune(ranks, files_of(Kind.ANSWER).settings, tmp_path / "run", *SHORT, *files)
+    validation, test = (result_of(folder)["metrics"][part] for part in ("validation", "test"))
+    assert validation["best_threshold"] != 0
+    assert validation["best_f1"] > validation["f1"]
+    assert test["f1"] == validation["best_f1"]
+    assert [row["answer"] for row in predictions_of(folder, "test")] != [
+        row["answer"] for row in predictions_of(folder)
+    ]

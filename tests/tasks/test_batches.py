@@ -53,7 +53,7 @@ def make_table(kind: Kind, num_samples: int, *, seed: int = 0, is_labelled: bool
 def make_batches(
     table: FeatureTable, packing: str, *, step: int = 24, data_rank: int = 0, data_size: int = 1, **more
 ):
-    settings = {"sequence_length": LONGEST, "seed": 5, "size_of": Even(step), **more}
+    settings = {"sequence_length": LONGEST, "seed": 5, "global_batch": step, **more}
     size = settings.pop("size", PACKINGS[packing])
     cutting = Cutting(packing=packing, size=size, data_rank=data_rank, data_size=data_size)
     return TaskBatches(table, PAD, cutting=cutting, **settings)
