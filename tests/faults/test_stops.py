@@ -10,7 +10,16 @@ import pytest
 from megatron_bert_tp.checkpoint.directories import candidates, partials
 from megatron_bert_tp.checkpoint.read import Checkpoint
 from megatron_bert_tp.errors import ExitCode
-from tests.faults.runs import Ended, assert_ends_like, launch, num_steps, start, start_script, tensors_of
+from tests.faults.runs import (
+    Ended,
+    assert_ends_like,
+    launch,
+    num_steps,
+    on_a_quiet_machine,
+    start,
+    start_script,
+    tensors_of,
+)
 from tests.training.runs import records
 
 DATA, TENSOR, PIPELINE = "parallel.shard_optimizer=true", "parallel.tensor=2", "parallel.pipeline=2"
@@ -88,11 +97,17 @@ def test_a_signal_to_torchrun_stops_all_ranks_with_nothing_lost(data, tmp_path, 
 def test_a_signal_to_the_script_ends_it_with_75_and_the_run_goes_on_bit_for_bit(data, tmp_path, whole, name):
     """Row 4: 75 while the run is not finished, 0 when it is."""
     folder = tmp_path / "run"
-    with start_script(data, folder, TENSOR, fault=UNHURRIED) as running:
-        running.wait_for_step(3)
-        sent = running.send(getattr(signal, name))
-        done = num_steps(folder)
-        ended = running.end()
+
+    def signalled() -> tuple[Ended, float, int]:
+        with start_script(data, folder, TENSOR, fault=UNHURRIED) as running:
+            running.wait_for_step(3)
+            sent = running.send(getattr(signal, name))
+            done = num_steps(folder)
+            return running.end(), sent, done
+
+    ended, sent, done = on_a_quiet_machine(
+        signalled, lambda found: found[0].outcome["time"] - found[1] <= 1, anew=folder
+    )
     assert ended.code == ExitCode.STOPPED, ended.output
     assert done <= ended.outcome["step"] <= done + 2
     assert_stopped(folder, ended, ended.outcome["step"], name)

@@ -137,7 +137,7 @@ def launched(folder: Path, *failing: str) -> str:
         check=False,
     )
     assert done.returncode != 0
-    assert time.time() - float(done.stdout) < 20  # since the failure: the start may be slow
+    assert time.time() - float(done.stdout) < 60  # since the failure, and not the 100 s of a message
     return done.stderr
 
 
