@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-GROUP_TIMEOUT = timedelta(seconds=60)
+GROUP_TIMEOUT = timedelta(seconds=180)
 CALL_TIMEOUT = 240
 
 

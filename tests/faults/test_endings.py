@@ -68,14 +68,17 @@ def test_a_console_that_goes_away_ends_no_run(data, tmp_path, processes):
     """As ``pretrain | head``: nobody reads what the run says any more."""
     folder = tmp_path / "run"
     reader, writer = os.pipe()
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command(data, f"run.directory={folder}", processes=processes),
         cwd=ROOT, env=environment(""), stdout=writer, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    os.close(writer)
-    os.read(reader, 1)
-    os.close(reader)
-    assert process.wait(timeout=100) == 0
+    ) as process:  # fmt: skip
+        try:
+            os.close(writer)
+            os.read(reader, 1)
+            os.close(reader)
+            assert process.wait(timeout=100) == 0
+        finally:
+            process.kill()
     assert outcome_of(folder)["code"] == 0
     assert len(records(folder, "step")) == 12
 

@@ -131,15 +131,18 @@ def test_an_interrupt_saves_says_so_and_goes_on(data, tmp_path):
     settings = ("optimizer.steps=100000", "run.evaluation_samples=0", "run.save_every=1000000")
     given = (str(data), f"run.directory={folder}", *settings)
     command = [sys.executable, "-m", "megatron_bert_tp.pretrain", *given]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=default_interrupt
-    )
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 7):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[1]
+    with subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=default_interrupt
+    ) as process:
+        try:
+            while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 7):
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            output = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
     assert process.returncode == ExitCode.STOPPED
     last = int(records(folder, "step")[-1]["step"])
     assert last >= 7
