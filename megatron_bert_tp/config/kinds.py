@@ -111,7 +111,7 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise MismatchError("must be text")
     if not value.strip():
-        raise MismatchError("must not be empty")
+        raise MismatchError("must not be empty or blank")
     if not value.isprintable():
         raise MismatchError(
             "must be one line of printable characters", "remove line breaks and control characters"

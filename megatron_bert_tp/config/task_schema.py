@@ -74,7 +74,9 @@ class TaskConfig:
         None, "classes in the order of their numbers; null: those of the task, else of the training data, sorted"
     )
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    separator: str = setting(",", "multi-label: what stands between the labels of a row")
+    separator: str = setting(
+        ",", "multi-label: what stands between the labels of a row; the words space and tab stand for these"
+    )
     scheme: Literal["auto", "iob1", "iob2", "bioes"] = setting(
         "auto", "token-classification: how tags mark entities; auto: judged by the tags of the files of each part"
     )

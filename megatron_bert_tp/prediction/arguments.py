@@ -43,7 +43,7 @@ tasks:
 
 A line is text, or two texts with a tab between them, or a JSON object; docs/predict.md has every format.
 On several processes: torchrun --nproc_per_node=T -m megatron_bert_tp.predict ... --tensor T
-Exit code 2 when a line could not be answered: its place in the output says why."""
+Exit code 3 when a line could not be answered: its place in the output says why."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A label of a table is the text that stands there: in CSV and TSV files ``1`` and
 training data that has both is refused.  A whole number of JSON has no point, so that ``1.0`` reads as ``1`` there.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,7 +71,7 @@ def labels_of(task: TaskConfig, training: Sequence[Example] | None) -> Labels | 
 def labels_from_names(names: Iterable[str]) -> Labels:
     """Labels by name, as settings or the ``id2label`` of a model say; DataError when one is there twice."""
     given = tuple(names)
-    twice = sorted({name for name in given if given.count(name) > 1})
+    twice = sorted(name for name, count in Counter(given).items() if count > 1)
     if twice:
         raise DataError(f"the label {twice[0]!r} is there twice among {list(given)}; name each class once")
     return Labels(given)

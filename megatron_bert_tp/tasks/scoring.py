@@ -143,7 +143,8 @@ def _places_in_task(name: str, labels: Sequence[str]) -> Ints:
     """
     own = TASKS[name].labels or ()
     order = [*own, *(label for label in labels if label not in own)]
-    return np.array([order.index(label) for label in labels], dtype=np.int64)
+    places = {label: place for place, label in enumerate(order)}
+    return np.array([places[label] for label in labels], dtype=np.int64)
 
 
 def _classes(part: _Part) -> Scored:

@@ -71,10 +71,14 @@ def answers(examples: Sequence[Example], found: Sequence[Answers], *, threshold:
 
 
 def columns(examples: Sequence[WordsExample], tags: Sequence[Sequence[str]]) -> Files:
-    """Lines as conlleval reads them: word, expected tag if known, predicted tag; a blank line ends a sentence."""
+    """Lines as conlleval reads them: word, expected tag if known, predicted tag; a blank line ends a sentence.
+
+    White space within a word, which would be another column there, becomes ``_``.
+    """
     sentences = []
     for example, found in zip(examples, tags, strict=True):
-        sides = (example.words, found) if example.tags is None else (example.words, example.tags, found)
+        words = ["_".join(word.split()) for word in example.words]
+        sides = (words, found) if example.tags is None else (words, example.tags, found)
         sentences.append("".join(f"{' '.join(line)}\n" for line in zip(*sides, strict=True)))
     return {"predictions.conll": "".join(f"{sentence}\n" for sentence in sentences)}
 

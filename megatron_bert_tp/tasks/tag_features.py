@@ -138,10 +138,23 @@ def _cut(tokens: _Tokens, start: int, limit: int, *, end: int, begins: Ints) -> 
     return limit, limit + int(following[0]) if len(following) else end
 
 
+def _place_of_word(sentence: str, number: int) -> str:
+    """Where a word stands, by the place of the first of its sentence: in a file each has the next line."""
+    path, colon, line = sentence.rpartition(":")
+    return f"{path}:{int(line) + number}" if colon and line.isdecimal() else sentence
+
+
 def _labels_of(examples: Sequence[WordsExample], words: Ints, labels: Labels | None) -> Ints | None:
     if any(each.tags is None for each in examples):
         return None
     assert labels is not None, "tags have names"
-    tags = np.array([labels.number(tag, each.place) for each in examples for tag in each.tags or ()] + [IGNORED])
+    tags = np.array(
+        [
+            labels.number(tag, _place_of_word(each.place, number))
+            for each in examples
+            for number, tag in enumerate(each.tags or ())
+        ]
+        + [IGNORED]
+    )
     # Words of number -1 are no words: they get what stands at the end.
     return tags[words]

@@ -1,6 +1,7 @@
 """Files and settings that do not fit end the command with one message that says where and what to do."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -50,8 +51,7 @@ def test_a_tag_that_training_does_not_know(message_of, files_of, tmp_path):
     )
     assert code == ExitCode.BAD_DATA
     assert "'B-hero'" in told
-    assert f"{path}:" in told
-    assert abs(int(told.split(f"{path}:")[1].split(":")[0]) - line) < 20, "in that sentence"
+    assert f"{path}:{line}: " in told
 
 
 def test_a_missing_column(message_of, files_of, tmp_path):
@@ -97,8 +97,7 @@ def test_four_options_beside_three(message_of, files_of, tmp_path):
     )
     assert code == ExitCode.BAD_DATA
     assert str(path) in told
-    assert "4" in told
-    assert "3" in told
+    assert re.search(r"\b4 choices\b.*\b3\b", told.replace(str(path), "")), told
 
 
 def test_samples_longer_than_the_positions_of_the_weights(message_of, files_of, small_model, tmp_path):

@@ -238,7 +238,7 @@ def test_two_processes_give_the_answers_of_one(directory_of, tmp_path):
     given, out = lines_file(tmp_path, texts), tmp_path / "out.jsonl"
     options = ["--task", "ner", "--input", given, "--output", out, "--batch", 2, "--dtype", "float64"]
     done = start(MODULE, directory, *options, "--tensor", 2, processes=2)
-    assert done.returncode == 1, "torchrun's own code for a rank that ended with 2"
+    assert done.returncode == 1, "torchrun's own code for a rank that ended with 3"
     assert done.stderr.count("error: 1 of 9 lines could not be answered") == 1, done.stderr
     found = records_of(out.read_text(encoding="utf-8"))
     alone = predict(directory, "ner", texts)

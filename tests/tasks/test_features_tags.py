@@ -1,14 +1,17 @@
 """Sentences of words: tokens and labels are those of transformers' BertTokenizerFast, and no word is lost."""
 
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
 import pytest
 
 from megatron_bert_tp.config.task_schema import TaskConfig
+from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks.examples import WordsExample
 from megatron_bert_tp.tasks.features import FeatureTable, features_of
 from megatron_bert_tp.tasks.labels import Labels
+from megatron_bert_tp.tasks.tag_features import tag_features
 from tests.sources import real_data
 from tests.tasks.encoders import REAL, encoder_of, reference_of
 
@@ -152,3 +155,13 @@ def test_every_word_with_a_token_stands_in_one_sample_whole(small, task, longest
         inside = [word for word in words if word >= 0]
         if inside:
             assert first_words[example] <= inside[0] < first_words[example + 1]
+
+
+def test_a_tag_outside_of_the_set_is_told_with_its_own_line(small):
+    words = WordsExample(id="0", place="a:b/dev.conll:7", words=("x", "y", "z"), tags=("O", "O", "B-hero"))
+    for place, told in (("a:b/dev.conll:7", "a:b/dev.conll:9: "), ("a:b/dev, row 7", "a:b/dev, row 7: ")):
+        with pytest.raises(DataError) as caught:
+            tag_features(
+                [replace(words, place=place)], small, labels=Labels(("O", "B-x")), longest=16, unit="sentence"
+            )
+        assert str(caught.value).startswith(f"{told}the label 'B-hero' is none")

@@ -257,3 +257,10 @@ def test_a_tag_of_another_scheme_than_the_declared_one_is_refused(tmp_path):
 def test_one_empty_file_of_two_is_told(tmp_path):
     paths = [write(tmp_path / "a.conll", "Bo B-PER"), write(tmp_path / "b.conll", "-DOCSTART- O")]
     assert refusal(NER, *paths).startswith(f"{paths[1]}: has no example of the task")
+
+
+def test_one_line_without_a_tag_does_not_hide_all_others(tmp_path):
+    path = write(tmp_path / "test.conll", "a O", "b B-PER", "", "c b-PER")
+    assert f"{path}:4: the tag 'b-PER' is neither 'O' nor" in refusal("token-classification", path, part="test")
+    bare = read("token-classification", write(path, "a x", "b y", "c O"), part="test")
+    assert [example.tags for example in bare.examples] == [None]

@@ -105,7 +105,10 @@ def test_squad_has_the_columns_of_the_hub(tmp_path):
         [("Bo", 0)] * 2,
     )
     assert (second.id, second.answers, second.is_labelled) == ("y", (), True)
-    assert [e.is_labelled for e in read("squad", path, part="test").examples] == [True, False]
+    assert [e.is_labelled for e in read("squad", path, part="test").examples] == [True, True]
+    hidden = {**columns, "answers": [{"text": [], "answer_start": []}] * 2}
+    path = save(tmp_path / "test", hidden, **features)
+    assert [e.is_labelled for e in read("squad", path, part="test").examples] == [False, False]
 
 
 def test_words_and_tags_have_the_columns_of_the_hub(tmp_path):
@@ -146,3 +149,16 @@ def test_what_cannot_be_read_is_told(tmp_path):
     assert refusal("classification", parts) == f"{parts}: holds several parts; name one of them: {parts / 'a'}"
     write(path / "state.json", "{}")
     assert refusal("classification", path).startswith(f"{path}: datasets.load_from_disk cannot read this folder (")
+
+
+def test_an_empty_folder_has_no_example(tmp_path):
+    save(tmp_path / "empty", {"text": [], "label": []}, text=TEXT, label=CLASSES)
+    assert f"{tmp_path}/empty: has no example of the task" in refusal("classification", tmp_path / "empty")
+
+
+def test_hidden_tags_are_none(tmp_path):
+    tags = {"tokens": [["a", "b"]], "ner_tags": [[-1, -1]]}
+    words, classes = datasets.Sequence(TEXT), datasets.Sequence(datasets.ClassLabel(names=["O", "B-x"]))
+    save(tmp_path / "test", tags, tokens=words, ner_tags=classes)
+    (example,) = read("token-classification", tmp_path / "test", part="test").examples
+    assert example.tags is None

@@ -174,7 +174,7 @@ def test_a_few_broken_rows_of_qqp_are_passed_over_and_told(tmp_path):
     told = f"1 of 2001 rows with too few columns passed over, the first at {path}:72"
     assert reading.notes == (f"{path}: {told}",)
     rows[71] = rows[72] = "71"
-    assert f"3 of 2001 rows with too few columns passed over, the first at {path}:72; fewer than 1 in 1000" in (
+    assert f"3 of 2001 rows with too few columns, the first at {path}:72; fewer than 1 in 1000" in (
         refusal("qqp", write(path, QQP, *rows))
     )
 
@@ -259,3 +259,22 @@ def test_validation_needs_labels_where_a_test_file_does_not(tmp_path):
     assert refusal("wnli", path).startswith(
         f"{path}:1: the column 'label' is missing; there are 'index', 'sentence1'"
     )
+
+
+def test_no_row_of_a_test_part_is_passed_over(tmp_path):
+    """Each has its index in what is handed in."""
+    rows = [f"{n}\tHow {n}?\tWhy {n}?" for n in range(2001)]
+    rows[70] = "70\tHow"
+    path = write(tmp_path / "test.tsv", "id\tquestion1\tquestion2", *rows)
+    assert f"{path}:72: the row has 2 columns, but there must be 3" in refusal("qqp", path, part="test")
+    rows[70] = "70\tHow\t"
+    reading = read("qqp", write(path, "id\tquestion1\tquestion2", *rows), part="test")
+    assert len(reading.examples) == 2001
+    assert reading.notes == (
+        f"{path}: 1 of 2001 rows with one text empty kept as they are, the first at {path}:72",
+    )
+
+
+def test_another_file_is_told_in_few_words(tmp_path):
+    path = write(tmp_path / "train.tsv", '{"data": "' + "many words " * 10_000 + '"}')
+    assert len(refusal("sst-2", path)) < 600

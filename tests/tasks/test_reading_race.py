@@ -150,3 +150,16 @@ def test_a_folder_without_articles_and_a_file_are_told(tmp_path):
     assert refusal("race", tmp_path / "parts").startswith(f"{tmp_path / 'parts'}: {looked_for}")
     path = article(tmp_path / "1.txt")
     assert refusal("race", path).startswith(f"{path}: is a file; name the folder")
+
+
+def test_several_folders_are_measured_one_by_one(tmp_path):
+    folders = [tmp_path / name for name in ("dev", "test")]
+    for folder in folders:
+        for level in ("middle", "high"):
+            (folder / level).mkdir(parents=True)
+            content = {"id": f"{folder.name}-{level}1.txt", "article": "x", "questions": ["y"], "answers": ["A"]}
+            content["options"] = [["a", "b"]]
+            (folder / level / "1.txt").write_text(json.dumps(content))
+    groups = [example.group for example in read("race", *folders, part="validation").examples]
+    assert groups == ["dev_middle", "dev_high", "test_middle", "test_high"]
+    assert [example.group for example in read("race", folders[0]).examples] == ["middle", "high"]

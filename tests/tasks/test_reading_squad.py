@@ -225,3 +225,13 @@ def test_what_is_no_squad_is_refused_with_its_place(content, message, tmp_path):
 def test_a_bad_question_is_refused_with_its_id(bad, message, tmp_path):
     path = squad(tmp_path / "dev.json", GOOD, bad)
     assert refusal("squad", path).startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize(("known", "labelled"), [(False, [False, False]), (True, [True, True])])
+def test_empty_lists_of_a_test_file_say_something_where_any_question_has_an_answer(tmp_path, known, labelled):
+    first = [{"text": "a", "answer_start": 0}] if known else []
+    questions = [{"id": "1", "question": "q", "answers": first}, {"id": "2", "question": "q", "answers": []}]
+    content = {"data": [{"paragraphs": [{"context": "a b", "qas": questions}]}]}
+    path = write(tmp_path / "test.json", json.dumps(content))
+    reading = read(task("squad", unanswerable=True), path, part="test")
+    assert [example.is_labelled for example in reading.examples] == labelled

@@ -305,3 +305,17 @@ BAD = [
 def test_a_bad_table_is_refused_with_its_line(given, suffix, lines, message, tmp_path):
     path = write(tmp_path / f"train{suffix}", *lines)
     assert refusal(given, path).startswith(f"{path}{message}")
+
+
+@pytest.mark.parametrize(("separator", "text"), [("space", "a b"), ("tab", "a\tb"), (";", "a;b")])
+def test_labels_may_be_parted_by_blanks(tmp_path, separator, text):
+    path = write(tmp_path / "train.csv", "text,label", f'x,"{text}"')
+    (example,) = read(task("multi-label", separator=separator), path).examples
+    assert example.label == ("a", "b")
+
+
+@pytest.mark.parametrize("row", ["[1, 0, 1]", "[0, 0, 0]", '"0,1,1"'])
+def test_a_vector_of_zeros_and_ones_is_not_taken_for_names(tmp_path, row):
+    named = '{"text": "x", "label": ["y", "z", "y"]}'
+    path = write(tmp_path / "train.jsonl", named, f'{{"text": "x", "label": {row}}}')
+    assert f"{path}:2: 'label' looks like a vector of 0 and 1" in refusal("multi-label", path)

@@ -160,3 +160,9 @@ def test_answers_are_what_the_evaluation_of_squad_reads():
     assert all(content.isascii() for content in submissions.answers(examples, found, threshold=0).values())
     always = [Answers((span,), span, None)]
     assert "null_odds.json" not in submissions.answers(examples[:1], always, threshold=0)
+
+
+def test_white_space_within_a_word_is_no_column():
+    examples = [WordsExample(id="0", place="", words=("New\u00a0York", "a\nb"), tags=("B-x", "O"))]
+    (content,) = submissions.columns(examples, [("O", "O")]).values()
+    assert content == "New_York B-x O\na_b O O\n\n"

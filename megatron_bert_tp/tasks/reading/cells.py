@@ -7,6 +7,9 @@ from megatron_bert_tp.errors import DataError
 from megatron_bert_tp.tasks.reading.json_values import shown
 from megatron_bert_tp.tasks.reading.row import Row
 
+_SEPARATORS = {"space": " ", "tab": "\t"}
+"""Values of `task.separator` that stand for what a setting cannot be."""
+
 
 def text_of(row: Row, column: str, *, may_be_empty: bool = False) -> str:
     """Text as it stands in the file, white space at its ends included."""
@@ -46,7 +49,7 @@ def labels_of_row(row: Row, column: str, separator: str, *, is_labelled: bool) -
         _without_label(row, column, is_labelled=is_labelled)
         return None
     if isinstance(value, str):
-        value = value.split(separator) if value.strip() else []
+        value = value.split(_SEPARATORS.get(separator, separator)) if value.strip() else []
     if not isinstance(value, list):
         raise DataError(f"{row.place}: {column!r} must be a list or a text, not {shown(value)}; mend the file")
     names = [_name(item, row, column) for item in value]
@@ -55,7 +58,13 @@ def labels_of_row(row: Row, column: str, separator: str, *, is_labelled: bool) -
             f"{row.place}: one of the labels of {column!r} is empty ({shown(row.values[column])}); "
             "leave it out with its separator, or set task.separator"
         )
-    return tuple(dict.fromkeys(names))
+    kept = tuple(dict.fromkeys(names))
+    if len(kept) < len(names) and set(kept) <= {"0", "1"}:
+        raise DataError(
+            f"{row.place}: {column!r} looks like a vector of 0 and 1 ({shown(row.values[column])}), which is not "
+            "read; give the names of the classes that hold"
+        )
+    return kept
 
 
 def number_of(row: Row, column: str, *, is_labelled: bool) -> float | None:

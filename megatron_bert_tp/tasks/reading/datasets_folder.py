@@ -7,6 +7,8 @@ from types import ModuleType
 from typing import Any
 
 from megatron_bert_tp.errors import DataError
+from megatron_bert_tp.tasks.reading.json_values import parse_json
+from megatron_bert_tp.tasks.reading.lines import read_whole
 from megatron_bert_tp.tasks.reading.row import Row, Wanted
 
 _ROWS = 1000  # of a batch
@@ -20,6 +22,8 @@ def folder_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
     A class number below 0, which stands for none in such folders, becomes None.
     """
     _check_folder(path)
+    if _is_empty(path):  # the library has no words for it
+        return
     data = _loaded(path, _library(path))
     wanted.check(data.column_names, str(path))
     kept = [name for name in data.column_names if name in wanted.needed + wanted.optional]
@@ -38,6 +42,11 @@ def _check_folder(path: Path) -> None:
         raise DataError(f"{path}: holds several parts; name one of them: {', '.join(parts)}")
     if not (path / _STATE).is_file():
         raise DataError(f"{path}: is a folder without {_STATE}, so not one of datasets.save_to_disk; name a file")
+
+
+def _is_empty(path: Path) -> bool:
+    state = parse_json(read_whole(path / _STATE), path / _STATE)
+    return isinstance(state, dict) and state.get("_data_files") == []
 
 
 def _library(path: Path) -> ModuleType:

@@ -29,7 +29,7 @@ from megatron_bert_tp.tasks.reading.json_values import shown
 from megatron_bert_tp.tasks.reading.lines import read_lines
 from megatron_bert_tp.tasks.reading.parts import Note, Source
 from megatron_bert_tp.tasks.reading.row import Row, Wanted
-from megatron_bert_tp.tasks.reading.rows import passed_over, tsv_rows
+from megatron_bert_tp.tasks.reading.rows import noted, passed_over, tsv_rows
 from megatron_bert_tp.tasks.suggestion import suggestion
 from megatron_bert_tp.tasks.task import TASKS
 
@@ -105,7 +105,11 @@ def read_glue(task: TaskConfig, source: Source) -> Iterator[Example | Note]:
             f"({layout.without_label!r}) passed over"
         )
     if half_empty:
-        yield passed_over(half_empty, num_rows, source.path, "with one text empty kept as they are")
+        what = "with one text empty"
+        if source.is_labelled:
+            yield passed_over(half_empty, num_rows, source.path, what, becomes="kept as they are")
+        else:  # each row of a test part is to be predicted
+            yield Note(noted(half_empty, num_rows, source.path, f"{what} kept as they are"))
 
 
 def _layout(name: str, source: Source) -> _Layout:
@@ -122,7 +126,9 @@ def _rows(source: Source, layout: _Layout) -> Iterator[Row | Note]:
     if source.path.is_dir():
         return folder_rows(source.path, wanted)
     header = None if layout.headless is None or _has_header(source, layout) else layout.headless
-    return tsv_rows(source.path, wanted, header=header, may_be_damaged=layout.may_be_damaged)
+    # A row of a test part that is passed over would be missing in what is handed in.
+    may_be_damaged = layout.may_be_damaged and source.is_labelled
+    return tsv_rows(source.path, wanted, header=header, may_be_damaged=may_be_damaged)
 
 
 def _has_header(source: Source, layout: _Layout) -> bool:

@@ -58,7 +58,8 @@ def _files(source: Source) -> list[tuple[Path, str]]:
     """Files of articles with their groups; DataError where there are none."""
     if not source.path.is_dir():
         raise DataError(f"{source.path}: is a file; name the folder, or the one with middle and high")
-    levels = [(source.path / level, level) for level in _LEVELS if (source.path / level).is_dir()]
+    names = {level: f"{source.group}_{level}" if source.group else level for level in _LEVELS}
+    levels = [(source.path / level, name) for level, name in names.items() if (source.path / level).is_dir()]
     found = [
         (path, group)
         for folder, group in levels or [(source.path, source.group)]

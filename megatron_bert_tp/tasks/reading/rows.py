@@ -53,20 +53,24 @@ def tsv_rows(
             num_rows += 1
             yield Row(place, _by_name(names, cells, place))
     if damaged:
-        yield passed_over(damaged, num_rows + len(damaged), path, "with too few columns passed over")
+        yield passed_over(damaged, num_rows + len(damaged), path, "with too few columns", becomes="passed over")
     if num_blank:
         yield Note(f"{path}: {counted(num_blank, 'blank line')} passed over")
 
 
-def passed_over(damaged: Sequence[str], num_rows: int, path: Path, what: str) -> Note:
-    """Note about damaged rows of a file with so many rows; DataError when there are too many."""
-    told = f"{len(damaged)} of {num_rows} rows {what}, the first at {damaged[0]}"
+def noted(damaged: Sequence[str], num_rows: int, path: Path, what: str) -> str:
+    """Which rows of a file with so many rows are damaged."""
+    return f"{path}: {len(damaged)} of {num_rows} rows {what}, the first at {damaged[0]}"
+
+
+def passed_over(damaged: Sequence[str], num_rows: int, path: Path, what: str, *, becomes: str) -> Note:
+    """Note about damaged rows and what becomes of them; DataError when there are too many."""
     if len(damaged) * LEAST_SHARE >= num_rows:
         raise DataError(
-            f"{path}: {told}; fewer than 1 in {LEAST_SHARE} is taken as known damage of a file, this is more: "
-            "mend the rows or fetch the file again"
+            f"{noted(damaged, num_rows, path, what)}; fewer than 1 in {LEAST_SHARE} is taken as known damage of a "
+            "file, this is more: mend the rows or fetch the file again"
         )
-    return Note(f"{path}: {told}")
+    return Note(noted(damaged, num_rows, path, f"{what} {becomes}"))
 
 
 def _csv_rows(path: Path, wanted: Wanted) -> Iterator[Row | Note]:

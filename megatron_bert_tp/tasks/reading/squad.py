@@ -59,15 +59,21 @@ def read_squad(task: TaskConfig, source: Source) -> Iterator[Example | Note]:
     `UNKNOWN_PLACE`.  Questions without an answer are passed over where `task.unanswerable` is false.
     """
     tally = _Tally()
-    questions = _questions_of_folder(source) if source.path.is_dir() else _questions(source.path)
-    examples = [_example(question, task, source, tally) for question in questions]
+    questions = list(_questions_of_folder(source) if source.path.is_dir() else _questions(source.path))
+    # Empty lists of answers say something only where the file says anything at all.
+    is_known = source.is_labelled or any(each.answers or each.is_impossible for each in questions)
+    examples = [_example(question, task, source, tally, is_known=is_known) for question in questions]
     notes = _notes(tally, task, source)
     yield from (example for example in examples if example is not None)
     yield from notes
 
 
-def _example(question: _Question, task: TaskConfig, source: Source, tally_: _Tally) -> AnswerExample | None:
-    is_impossible = question.is_impossible or (task.unanswerable is True and question.answers == ())
+def _example(
+    question: _Question, task: TaskConfig, source: Source, tally_: _Tally, *, is_known: bool
+) -> AnswerExample | None:
+    # A folder has no other way to say it.
+    says_so = task.unanswerable is True or source.path.is_dir()
+    is_impossible = question.is_impossible or (is_known and says_so and question.answers == ())
     if is_impossible and task.unanswerable is False:
         tally_.num_impossible += 1
         return None
@@ -165,7 +171,7 @@ def _questions_of_folder(source: Source) -> Iterator[_Question]:
             id=_text(row.values, "id", row.place),
             text=_text(row.values, "question", row.place),
             context=cells.text_of(row, "context"),
-            is_impossible=source.is_labelled and not answers,
+            is_impossible=False,
             answers=answers,
         )
 
