@@ -1,6 +1,7 @@
 """Rows of texts, pairs and choices are those of transformers' BertTokenizerFast."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -176,3 +177,10 @@ def test_a_part_without_any_example_has_an_empty_table(small):
     for name in ("sst-2", "multiple-choice", "squad", "token-classification"):
         table = features_of([], small, TaskConfig(name=name), labels=YES_NO, sequence_length=16)
         assert (table.num_samples, len(table.ids), table.bounds.tolist()) == (0, 0, [0])
+
+
+def test_choices_of_which_one_has_no_label_have_none(encoder):
+    first, second, third = choice_examples()[:3]
+    given = [first, replace(second, label=None), third]
+    table = features_of(given, encoder, TaskConfig(name="race"), labels=None, sequence_length=40)
+    assert (table.labels, table.num_samples) == (None, 3)
