@@ -33,13 +33,20 @@ def open_with_little_room(prefix, answers):
     answers.put((columns_of(spans), spans.folder, said))
 
 
-def open_together(prefix, barrier, answers):
+def open_together(prefix, barrier, waiters, answers):
+    """The one that builds goes on when all others have said that they wait: ``waiters`` counts them."""
     said = []
 
     def say(line):
         said.append(line)
+        if "is built by" in line:
+            with waiters.get_lock():
+                waiters.value += 1
         if "is built in" in line:
-            time.sleep(3.0)  # longer than a wait that is not told
+            # Not for ever: who waits gives up after 60 s, and the test sees what was not said.
+            deadline = time.monotonic() + 40
+            while waiters.value < barrier.parties - 1 and time.monotonic() < deadline:
+                time.sleep(0.02)
 
     corpus = Corpus.open(prefix)
     barrier.wait(60)

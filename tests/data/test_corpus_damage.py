@@ -36,10 +36,10 @@ def prefix(tmp_path):
 
 
 def assert_refused(prefix, told):
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(DataError) as caught:
         Corpus.open(prefix)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
     message = str(caught.value)
     assert str(prefix) in message
     assert [part for part in told if part not in message] == [], message

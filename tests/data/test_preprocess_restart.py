@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
+from contextlib import contextmanager
 
 import pytest
 
@@ -19,13 +19,33 @@ from megatron_bert_tp.data.preprocessing.preprocess import preprocess
 from megatron_bert_tp.errors import DataError
 from tests.data.corpus_reader import PACKERS
 
+# The work takes two seconds or three, in which the test may not be given a core: the run sends itself the signal
+# that shall meet it on its way, some seconds after it has saved a new journal with TEXT in it.
 RUN = """
-import sys
+import os, signal, sys, threading
 from pathlib import Path
 from megatron_bert_tp.data.preprocessing import preprocess as module
+
+def act_after(save, journal, seconds, name, text):
+    before = journal.read_text() if journal.exists() else ""
+    is_over = threading.Event()
+    def save_and_act(*given):
+        save(*given)
+        saved = journal.read_text()
+        if saved != before and text in saved and not is_over.is_set():
+            is_over.set()
+            given = os.getpid(), signal.Signals[name]
+            if float(seconds):
+                threading.Timer(float(seconds), os.kill, given).start()
+            else:
+                os.kill(*given)
+    return save_and_act
+
 if __name__ == "__main__":
     module.CHUNK = 4000
-    vocabulary, output, workers, *inputs = sys.argv[1:]
+    seconds, name, text, vocabulary, output, workers, *inputs = sys.argv[1:]
+    if name:
+        module._save = act_after(module._save, Path(f"{output}.progress.json"), seconds, name, text)
     paths = [Path(path) for path in inputs]
     module.preprocess(paths, Path(vocabulary), Path(output), workers=int(workers), journal_seconds=0.02)
 """
@@ -49,9 +69,26 @@ def corpus_bytes(folder, name):
     return [(folder / f"{name}.{suffix}").read_bytes() for suffix in SUFFIXES]
 
 
-def start(vocabulary, output, workers, inputs):
-    command = [sys.executable, "-c", RUN, vocabulary, output, workers, *inputs]
-    return subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True)
+@contextmanager
+def process_of(command, **options):
+    """A process with its errors in a pipe; it is gone afterwards, also where the test fails."""
+    words = [str(word) for word in command]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def run_of(vocabulary, output, workers, inputs, *, name="", after=0.0, text=""):
+    """A run that sends itself the signal ``name`` so many seconds after it saved a journal with ``text`` in it."""
+    return process_of([sys.executable, "-c", RUN, after, name, text, vocabulary, output, workers, *inputs])
+
+
+def wait_until_stopped(process):
+    """Until a run has sent itself SIGSTOP."""
+    found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert found.si_code == os.CLD_STOPPED
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -60,15 +97,11 @@ def test_kills_at_any_moment_do_not_change_a_byte(tmp_path, vocabulary_file, inp
     draws = random.Random(workers)
     kills = resumed = 0
     while not (tmp_path / "out.idx").exists() or (tmp_path / "out.progress.json").exists():
-        process = start(vocabulary_file, tmp_path / "out", workers, inputs)
-        if kills < 8:
-            before = journal_bytes(tmp_path)
-            wait_until(partial(has_moved, tmp_path, before, process))
-            time.sleep(draws.random() * 0.06)
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-        told = process.communicate()[1]
+        fault = {"name": "SIGKILL", "after": draws.random() * 0.06} if kills < 8 else {}
+        with run_of(vocabulary_file, tmp_path / "out", workers, inputs, **fault) as process:
+            told = process.communicate()[1]
         assert process.returncode in (0, -signal.SIGKILL), told
+        kills += process.returncode == -signal.SIGKILL
         resumed += "an earlier run was cut off; goes on after" in told
     assert kills >= 3
     assert resumed >= 3
@@ -81,10 +114,6 @@ def journal_bytes(folder):
     return path.read_bytes() if path.exists() else b""
 
 
-def has_moved(folder, before, process):
-    return journal_bytes(folder) != before or process.poll() is not None
-
-
 def wait_until(happened):
     end = time.monotonic() + 60
     while not happened():
@@ -92,23 +121,21 @@ def wait_until(happened):
         time.sleep(0.005)
 
 
-def cut_off(folder, vocabulary, inputs, *, when=signal.SIGKILL):
-    """Leave a run that was stopped on the way; returns what it said."""
-    process = start(vocabulary, folder / "out", 1, inputs)
-    wait_until(lambda: b'"documents": 2' in journal_bytes(folder) or process.poll() is not None)
-    process.send_signal(when)
-    told = process.communicate()[1]
+def cut_off(folder, vocabulary, inputs):
+    """Leave a run that was killed on the way."""
+    with run_of(vocabulary, folder / "out", 1, inputs, name="SIGKILL", text='"documents": 2') as process:
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert not (folder / "out.bin").exists()
-    return told
 
 
 def test_workers_end_with_a_killed_parent(tmp_path, vocabulary_file, inputs):
-    process = start(vocabulary_file, tmp_path / "out", 2, inputs)
-    wait_until(lambda: journal_bytes(tmp_path))
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    assert len(children) >= 2
-    process.kill()
-    process.communicate()
+    with run_of(vocabulary_file, tmp_path / "out", 2, inputs, name="SIGSTOP") as process:
+        wait_until_stopped(process)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        assert len(children) >= 2
+        process.kill()
+        process.communicate()
     wait_until(lambda: not any(os.path.exists(f"/proc/{child}") for child in children))
 
 
@@ -121,13 +148,11 @@ def test_interrupt_says_how_to_go_on_and_keeps_the_progress(tmp_path, vocabulary
     many = inputs * 5  # some seconds of work
     command = [sys.executable, "-m", "megatron_bert_tp.preprocess", *many, "--tokenizer", vocabulary_file]
     full = [str(word) for word in (*command, "--output", tmp_path / "out")]
-    process = subprocess.Popen(
-        full, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=default_interrupt
-    )
     tokens = tmp_path / "out.bin.unfinished"
-    wait_until(lambda: tokens.exists() and tokens.stat().st_size > 300_000)  # the first chunk has 260 kB
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    told = process.communicate()[1]
+    with process_of(full, start_new_session=True, preexec_fn=default_interrupt) as process:
+        wait_until(lambda: tokens.exists() and tokens.stat().st_size > 300_000)  # the first chunk has 260 kB
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+        told = process.communicate()[1]
     assert process.returncode == 130
     assert told.count("\n") == 1
     assert "interrupted; what is done is kept" in told
@@ -186,11 +211,12 @@ def test_damaged_progress_begins_anew(tmp_path, vocabulary_file, inputs, capsys,
 
 
 def test_two_processes_never_write_the_same_corpus(tmp_path, vocabulary_file, inputs):
-    process = start(vocabulary_file, tmp_path / "out", 1, inputs)
-    wait_until(lambda: journal_bytes(tmp_path))
-    with pytest.raises(DataError, match="another process is writing this corpus now"):
-        preprocess(inputs, vocabulary_file, tmp_path / "out")
-    process.communicate()
+    with run_of(vocabulary_file, tmp_path / "out", 1, inputs, name="SIGSTOP") as process:
+        wait_until_stopped(process)
+        with pytest.raises(DataError, match="another process is writing this corpus now"):
+            preprocess(inputs, vocabulary_file, tmp_path / "out")
+        process.send_signal(signal.SIGCONT)
+        process.communicate()
     assert process.returncode == 0
     preprocess(inputs, vocabulary_file, tmp_path / "whole")
     assert corpus_bytes(tmp_path, "out") == corpus_bytes(tmp_path, "whole")

@@ -42,9 +42,9 @@ def test_corpora_of_a_blend_have_orders_of_their_own():
 def test_a_hundred_million_spans_take_no_memory_and_a_batch_no_time():
     order = SampleOrder(10**8, seed=1)
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.process_time()
     order.spans(np.arange(10**8 - 512, 10**8 + 512))
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1_000_000

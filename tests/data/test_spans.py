@@ -170,7 +170,7 @@ def test_without_pairs_one_sentence_is_a_sample(corpus_of):
 def test_documents_of_one_sentence_are_refused_within_a_second(corpus_of, num_documents, pairs):
     corpus = corpus_of([3] * num_documents, np.arange(num_documents + 1))
     part = part_of(num_documents, (96.0, 4.0, 0.0), "training")
-    started = time.monotonic()
+    started = time.process_time()
     told = (
         rf"objective.pairs={pairs} needs .* documents of 2 or more sentences, but of the {len(part)} documents of "
         rf"this part 0 have so many \(the corpus has {num_documents} documents, {num_documents} sentences.*"
@@ -178,7 +178,7 @@ def test_documents_of_one_sentence_are_refused_within_a_second(corpus_of, num_do
     )
     with pytest.raises(DataError, match=told):
         build_spans(corpus, part, sequence_length=64, short_share=0.1, seed=1, pairs=pairs)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize(("pairs", "is_enough"), [("nsp", False), ("sop", True), ("none", True)])
@@ -206,9 +206,9 @@ def test_spans_of_a_million_sentences_take_a_moment(corpus_of, sentences_of_docu
     draws = np.random.default_rng(0)
     lengths = draws.integers(4, 40, size=1_200_000)
     corpus = corpus_of(lengths, np.arange(0, 1_200_001, sentences_of_document))
-    started = time.monotonic()
+    started = time.process_time()
     spans = build_spans(
         corpus, np.arange(corpus.num_documents), sequence_length=128, short_share=0.1, seed=1, pairs="sop"
     )
-    assert time.monotonic() - started < 3
+    assert time.process_time() - started < 3
     assert len(spans) > 150_000

@@ -1,10 +1,12 @@
 """The scripts of launch/ as processes, with a stand-in for the entry point where a test says so."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tests.sources import ROOT
@@ -36,10 +38,34 @@ def environment(python: object, **variables: str) -> dict[str, str]:
     return {**os.environ, **fixed, **variables}
 
 
-def start(script: str, *arguments: object, **variables: str) -> subprocess.Popen[str]:
+def end_family(process: int) -> None:
+    """Kill a process that nobody has collected yet, and all that it has started."""
+    for each in _family(process):
+        with suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
+
+
+def _family(process: int) -> list[int]:
+    found = [process]
+    for children in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):
+            found += [each for child in children.read_text().split() for each in _family(int(child))]
+    return found
+
+
+class Started(subprocess.Popen[str]):
+    """``with`` it: a test that fails leaves no process behind, and waits for none."""
+
+    def __exit__(self, *raised: object) -> None:
+        if self.poll() is None:
+            end_family(self.pid)
+        super().__exit__(*raised)
+
+
+def start(script: str, *arguments: object, **variables: str) -> Started:
     """One of launch/ with its output in pipes; ``PYTHON`` among the variables is the interpreter."""
     command = [str(ROOT / "launch" / script), *map(str, arguments)]
-    return subprocess.Popen(
+    return Started(
         command,
         env=environment(variables.pop("PYTHON", sys.executable), **variables),
         stdout=subprocess.PIPE,

@@ -2,7 +2,8 @@
 
 STAND_IN says what it does: ``finish``; ``crash`` before it clears the outcome of another run; ``vanish``, which
 ends with 0 and tells nothing; ``fail``; ``restart``, which fails, but finishes when it is started again; ``obey``,
-which works until a signal and saves for a second; ``deaf``, which works on.
+which works until a signal and saves for a second; ``save``, which does so until there is ``go`` in the run's
+folder; ``deaf``, which works on.
 """
 
 import os
@@ -17,6 +18,7 @@ from megatron_bert_tp.errors import ExitCode
 from megatron_bert_tp.reliability.outcome import Outcome, OutcomeFile
 
 SAVING_SECONDS = 1.0
+LONGEST_SECONDS = 120.0  # a test that fails may never let it go
 RANK = os.environ.get("RANK", "0")
 
 
@@ -38,12 +40,12 @@ class Rank:
         self.outcome.claim(Outcome(code=code, cause="stand-in"))
         os._exit(code)
 
-    def work(self, until_told: bool) -> None:
+    def work(self, task: str) -> None:
         (self.directory / f"ready.{RANK}").write_text(str(os.getpid()))
-        while not (until_told and self.signals):
+        while task == "deaf" or not self.signals:
             time.sleep(0.02)
-        saved = time.monotonic() + SAVING_SECONDS
-        while time.monotonic() < saved:
+        saved = time.monotonic() + (LONGEST_SECONDS if task == "save" else SAVING_SECONDS)
+        while time.monotonic() < saved and not (self.directory / "go").exists():
             time.sleep(0.02)
         self.end(ExitCode.STOPPED)
 
@@ -55,10 +57,10 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(7)
     if RANK == "0":
         rank.outcome.clear()
-    if task in ("obey", "deaf"):
+    if task in ("obey", "save", "deaf"):
         for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(each, rank.hear)
-        rank.work(until_told=task == "obey")
+        rank.work(task)
     if task == "vanish":
         return
     is_first_time = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"

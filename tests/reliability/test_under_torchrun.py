@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tests.launch.running import end_family
 from tests.reliability.launched import LIMITS
 from tests.sources import ROOT
 
@@ -30,7 +31,7 @@ def launch(tmp_path):
     yield run
     for process in launched:
         if process.poll() is None:
-            process.kill()
+            end_family(process.pid)  # ranks that live on would keep the pipe open
         process.communicate()
 
 

@@ -65,7 +65,8 @@ for source in sys.argv[1:]:
 @pytest.fixture(scope="module")
 def attacks(models, tmp_path_factory) -> tuple[dict[str, str], list[Event], Path]:
     """What became of every attack, all that the importing processes did, and where."""
-    folder = tmp_path_factory.mktemp("attacks")
+    folder = tmp_path_factory.mktemp("attacks") / "here"  # what they leave beside it is theirs
+    folder.mkdir()
     content = synthetic.content(models[True], Kind(), 0, 0)
     for name in AUDITED:
         save_attack(content, name, folder)
@@ -162,11 +163,18 @@ def test_the_audit_sees_what_an_attack_does(tmp_path):
 
 
 def refused(source: Path, message: str) -> None:
-    """The import refuses a file with this message, and leaves everything as it was."""
-    before = sorted(source.parent.parent.rglob("*"))
+    """The import refuses a file with this message, and leaves everything as it was around it.
+
+    It is moved into folders of its own first: two floors above it are the temporary folders of other tests.
+    """
+    around = source.parent / "around"
+    folder = around / "b" / "a"
+    folder.mkdir(parents=True)
+    moved = source.rename(folder / source.name)
+    before = sorted(around.rglob("*"))
     with pytest.raises(FormatError, match=message):
-        from_megatron(source, source.parent / "out", tell=lambda _: None)
-    assert sorted(source.parent.parent.rglob("*")) == before
+        from_megatron(moved, folder / "out", tell=lambda _: None)
+    assert sorted(around.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
