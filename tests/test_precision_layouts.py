@@ -108,7 +108,13 @@ def test_fifty_steps_in_float32_stay_within_a_ten_thousandth(curve_of, layout):
     assert distance(curve_of(LONG, layout).losses, truth) < PROMISED
 
 
-@pytest.mark.parametrize("layout", [Layout(), *NARROW_LAYOUTS], ids=name_of)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, id=name_of(layout), marks=pytest.mark.slow if layout == ZERO_BUBBLE else ())
+        for layout in (Layout(), *NARROW_LAYOUTS)
+    ],
+)
 @pytest.mark.parametrize("dtype", ROUNDOFF, ids=str)
 def test_sixteen_bits_follow_the_float32_curve_at_every_layout(curve_of, layout, dtype):
     narrow = replace(SHORT, dtype=dtype)

@@ -216,13 +216,14 @@ def launch(
     return Ended(done.returncode, done.stdout, outcome_of(folder), began, time.time())
 
 
-def on_a_quiet_machine(run: Callable[[], T], is_in_time: Callable[[T], bool], *, anew: Path) -> T:
-    """What the first of three attempts gives that is in time, else the last: other work can delay any of them.
+def on_a_quiet_machine(run: Callable[[], T], is_in_time: Callable[[T], bool], *, anew: Path | None = None) -> T:
+    """What the first of four attempts gives that is in time, else the last: other work can delay any of them.
 
     Each of them finds no folder ``anew``.
     """
-    for _ in range(3):
-        shutil.rmtree(anew, ignore_errors=True)
+    for _ in range(4):
+        if anew is not None:
+            shutil.rmtree(anew, ignore_errors=True)
         if is_in_time(found := run()):
             break
     return found

@@ -126,7 +126,6 @@ def test_a_second_job_is_refused_and_the_first_is_not_disturbed(data, tmp_path, 
         second = on_a_quiet_machine(
             lambda: launch(data, folder, processes=1, fault="slow=0@step:0,at:meet"),
             lambda ended: ended.ended - ended.fault_times[0] <= 1 + 2,
-            anew=tmp_path / "none",
         )
         after = contents(folder)
         first.send(signal.SIGCONT)

@@ -59,7 +59,7 @@ def undisturbed_of(ranks, files_of, tmp_path_factory):
 @pytest.mark.parametrize(
     ("number", "layout"),
     [
-        (signal.SIGTERM, Layout()),
+        pytest.param(signal.SIGTERM, Layout(), marks=pytest.mark.slow),
         (signal.SIGKILL, Layout()),
         pytest.param(signal.SIGTERM, Layout(pipeline=2), marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, Layout(data=2, shards=True), marks=pytest.mark.slow),

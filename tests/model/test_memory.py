@@ -105,8 +105,10 @@ def test_formula_holds_in_every_number_format(name, dtype):
             assert measured == computed, (recompute, lengths)
 
 
-@pytest.mark.parametrize("splits_sequence", [False, True])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("size", "splits_sequence"),
+    [(2, False), (2, True), pytest.param(4, False, marks=pytest.mark.slow), (4, True)],
+)
 def test_formula_holds_on_tensor_ranks(ranks, size, splits_sequence):
     ways = [Way(size, splits_sequence, recompute) for recompute in RECOMPUTES[:4]]
     names = ("dropout", "no dropout", "packed", "packed, no dropout", "wide")

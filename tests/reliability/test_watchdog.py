@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -19,6 +18,7 @@ from megatron_bert_tp.reliability.limits import Limits, step_limit
 from megatron_bert_tp.reliability.process_state import Process
 from megatron_bert_tp.reliability.slot import Action, State
 from megatron_bert_tp.reliability.watchdog import Silence
+from tests.faults.runs import on_a_quiet_machine
 from tests.reliability.watched import LIMITS
 from tests.sources import ROOT
 
@@ -77,14 +77,6 @@ def watched(tmp_path):
         for stream in (process.stdin, process.stdout):
             if stream is not None:
                 stream.close()
-
-
-def on_a_quiet_machine(run: Callable[[], Ended], is_in_time: Callable[[Ended], bool]) -> Ended:
-    """The best of a few attempts: other work on the machine can take seconds from any of them."""
-    for _ in range(4):
-        if is_in_time(ended := run()):
-            break
-    return ended
 
 
 def test_a_hang_ends_all_ranks_and_is_told_once_with_the_stacks_of_the_living(watched):
