@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -18,6 +17,7 @@ import pytest
 import torch
 
 from megatron_bert_tp.checkpoint.read import Checkpoint
+from tests.launch.running import end_family
 from tests.training.runs import ROOT, records, without_times
 
 T = TypeVar("T")
@@ -128,23 +128,13 @@ class Running:
         """The process and all that it has started."""
         if self.process.poll() is not None:
             return
-        for process in _family(self.process.pid):
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        end_family(self.process.pid)
         self.process.wait()
 
 
 def _hear_interruptions() -> None:
     # What a shell starts in the background ignores SIGINT, and no script that it starts can trap it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _family(process: int) -> list[int]:
-    found = [process]
-    for children in Path(f"/proc/{process}/task").glob("*/children"):
-        with suppress(OSError):
-            found += [each for child in children.read_text().split() for each in _family(int(child))]
-    return found
 
 
 def start(
